@@ -1,0 +1,36 @@
+"""Packaging of mptqc; the pass sources live in passes/ and are installed as mptqc.passes."""
+
+from setuptools import find_packages, setup
+
+ORT_GPU = "(platform_machine == 'x86_64' and sys_platform == 'linux') or (platform_machine == 'AMD64' and sys_platform == 'win32')"
+
+setup(
+    name="mptqc",
+    version="0.1.0",
+    description="Compile float ONNX vision transformers to low-bit integer ONNX models for ONNX Runtime",
+    long_description=open("README.md", encoding="utf-8").read(),  # noqa: PTH123, SIM115 - read once, by the build
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["mptqc", "mptqc.*"], exclude=["mptqc.passes*"]), "mptqc.passes"],
+    package_dir={"mptqc.passes": "passes"},
+    package_data={"mptqc": ["py.typed", "presets/*.toml"]},
+    install_requires=[
+        "numpy>=2.0",
+        "onnx>=1.19",
+        "onnx-ir>=1.1",
+        "onnxsim>=0.8",
+        f"onnxruntime-gpu>=1.24; {ORT_GPU}",
+        f"onnxruntime>=1.24; not ({ORT_GPU})",
+        "pydantic>=2.10",
+        "typer>=0.15",
+        "rich>=13",
+        "pillow>=11",
+        "safetensors>=0.5",
+    ],
+    extras_require={
+        "export": ["torch>=2.6", "onnxscript>=0.5", "timm>=1.0"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "matplotlib>=3.9"],
+    },
+    entry_points={"console_scripts": ["mptqc=mptqc.cli.app:main"]},
+)
