@@ -2,7 +2,14 @@
 
 from setuptools import find_packages, setup
 
-ORT_GPU = "(platform_machine == 'x86_64' and sys_platform == 'linux') or (platform_machine == 'AMD64' and sys_platform == 'win32')"
+HAS_GPU_WHEEL = (
+    "(sys_platform == 'linux' and platform_machine == 'x86_64')"
+    " or (sys_platform == 'win32' and platform_machine == 'AMD64')"
+)
+NO_GPU_WHEEL = (
+    "(sys_platform != 'linux' or platform_machine != 'x86_64')"
+    " and (sys_platform != 'win32' or platform_machine != 'AMD64')"
+)
 
 setup(
     name="mptqc",
@@ -20,8 +27,8 @@ setup(
         "onnx>=1.19",
         "onnx-ir>=1.1",
         "onnxsim>=0.8",
-        f"onnxruntime-gpu>=1.24; {ORT_GPU}",
-        f"onnxruntime>=1.24; not ({ORT_GPU})",
+        f"onnxruntime-gpu>=1.24; {HAS_GPU_WHEEL}",
+        f"onnxruntime>=1.24; {NO_GPU_WHEEL}",
         "pydantic>=2.10",
         "typer>=0.15",
         "rich>=13",
