@@ -1,0 +1,1 @@
+"""Functions from (model, samples, plan) to values; nothing here edits a model."""

@@ -1,0 +1,1 @@
+"""The numpy meaning of every quantizer and op that mptqc defines."""
