@@ -1,0 +1,40 @@
+"""`mptqc export`: a timm model, by name, as a float ONNX file."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mptqc.export import export_timm
+
+
+def export(
+    name: Annotated[str, typer.Argument(help="timm model, such as vit_small_patch16_224 (vit_*, deit_*, swin_*).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    random: Annotated[
+        bool, typer.Option("--random", help="Seeded random weights: the structure only, nothing is downloaded.")
+    ] = False,
+    exporter: Annotated[
+        Literal["dynamo", "torchscript"], typer.Option(help="Which of torch's exporters writes the file.")
+    ] = "dynamo",
+    opset: Annotated[int | None, typer.Option(help="ONNX opset [default: 20 for dynamo, 17 for torchscript].")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the square input [default: the model's own].")] = None,
+    batch: Annotated[int | None, typer.Option(help="A fixed batch size [default: dynamic].")] = None,
+    fused_attention: Annotated[
+        bool, typer.Option("--fused-attention", help="One Attention operator per block (dynamo, opset 23 and later).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Export a timm vision transformer to float ONNX, its preprocessing in the file's metadata."""
+    export_timm(
+        name,
+        output,
+        pretrained=not random,
+        image_size=image_size,
+        opset=opset,
+        exporter=exporter,
+        batch=batch,
+        fused_attention=fused_attention,
+        seed=seed,
+    )
+    typer.echo(f"wrote {output}")

@@ -1,0 +1,132 @@
+"""Export a timm model by name, with its preprocessing in the file."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mptqc.errors import ModelError
+from mptqc.export.onnx_writer import Exporter, OnnxForm, export_module
+from mptqc.export.packages import import_timm, import_torch, stay_offline_without_a_hub
+from mptqc.export.random_weights import randomise_constant_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+PREPROCESS_KEY = "mptqc.preprocess"
+SUPPORTED_FAMILIES = ("vit_", "deit_", "deit3_", "swin_")
+MAX_SUGGESTIONS = 8
+
+
+def export_timm(
+    name: str,
+    output: Path,
+    *,
+    pretrained: bool,
+    image_size: int | None = None,
+    opset: int | None = None,
+    exporter: Exporter = "dynamo",
+    batch: int | None = None,
+    fused_attention: bool = False,
+    seed: int = 0,
+) -> None:
+    """Write the timm model `name` to `output` as float32 ONNX: `images` [N, 3, H, W] → `logits` [N, classes].
+
+    The file carries its preprocessing as JSON in the metadata entry `mptqc.preprocess`.
+
+    Args:
+        name: a timm vit_, deit_, deit3_ or swin_ model, such as vit_small_patch16_224; `name.tag` picks weights.
+        output: the ONNX file; it is written beside and renamed, so it never holds half a model.
+        pretrained: the published weights; False gives seeded random ones, biases and norms too (structure only).
+        image_size: side of the square input in pixels; None: the model's own.
+        opset: ONNX opset; None: 20 for dynamo, 17 for torchscript.
+        exporter: "dynamo" or "torchscript".
+        batch: a fixed batch size; None: dynamic.
+        fused_attention: keep attention as one call; dynamo writes an `Attention` op for it from opset 23 on.
+        seed: of the random weights.
+
+    Raises:
+        ModelError: unknown name, weights that cannot be had, missing torch or timm, or a failed export.
+        OutputError: `output` cannot be written.
+    """
+    form = OnnxForm(exporter=exporter, opset=opset, batch=batch)
+    if pretrained:
+        stay_offline_without_a_hub()
+    timm = import_timm()
+    _check_name(timm, name)
+    model = _create(timm, name, pretrained=pretrained, image_size=image_size, fused=fused_attention, seed=seed)
+    config = model.pretrained_cfg
+    channels, height, width = config["input_size"]
+    if image_size is not None:
+        height = width = image_size
+    preprocessing = preprocessing_of(config, (height, width))
+    export_module(model, (channels, height, width), output, form, {PREPROCESS_KEY: json.dumps(preprocessing)})
+
+
+def preprocessing_of(config: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, object]:
+    """Translate timm's `pretrained_cfg` for inputs of `image_size` (height, width) into mptqc's preprocessing fields.
+
+    timm resizes the shorter side to size / crop_pct, then crops the centre; in its "squash" mode it resizes both sides.
+    """
+    squash = config.get("crop_mode") == "squash"
+    shorter = math.floor(min(image_size) / float(config.get("crop_pct") or 1.0))
+    return {
+        "image_size": list(image_size),
+        "resize": None if squash else shorter,
+        "crop": "none" if squash else "center",
+        "interpolation": config.get("interpolation") or "bicubic",
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "scale": 1 / 255,
+    }
+
+
+def _check_name(timm: ModuleType, name: str) -> None:
+    architecture = name.partition(".")[0]
+    if timm.is_model(architecture) and architecture.startswith(SUPPORTED_FAMILIES):
+        return
+    if timm.is_model(architecture):
+        raise ModelError(
+            f"{name!r} is no plain vision transformer that mptqc compiles; give a timm model of the families "
+            f"{', '.join(SUPPORTED_FAMILIES)}."
+        )
+    stem = architecture.rpartition("_")[0] or architecture
+    known = [m for family in SUPPORTED_FAMILIES for m in timm.list_models(f"{family}*") if m.startswith(stem[:9])]
+    similar = ", ".join(known[:MAX_SUGGESTIONS]) or "vit_small_patch16_224, deit_tiny_patch16_224"
+    raise ModelError(f"timm {timm.__version__} has no model named {name!r}. Names that begin alike: {similar}.")
+
+
+def _create(
+    timm: ModuleType, name: str, *, pretrained: bool, image_size: int | None, fused: bool, seed: int
+) -> "nn.Module":
+    torch = import_torch()
+    overrides = {} if image_size is None else {"img_size": image_size}
+    fused_before = timm.layers.config.use_fused_attn()
+    timm.layers.config.set_fused_attn(fused)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **overrides)
+    except Exception as error:
+        if pretrained:
+            raise ModelError(_no_weights(name, error)) from error
+        raise ModelError(f"timm cannot build {name!r}: {type(error).__name__}: {error}") from error
+    finally:
+        timm.layers.config.set_fused_attn(fused_before)
+    if not pretrained:
+        changed = randomise_constant_parameters(model, seed)
+        logger.info("%s has random weights (seed %d, %d constant parameters randomised)", name, seed, changed)
+    return model.eval()
+
+
+def _no_weights(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"the pretrained weights of {name!r} cannot be had: {reason} With access to huggingface.co, or with the weights "
+        "in its local cache, the same command works; --random exports the model's structure with random weights."
+    )
