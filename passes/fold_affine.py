@@ -1,0 +1,159 @@
+"""Fold constant scales and shifts into the Linear that feeds them.
+
+    Linear(x) -> movement -> Mul/Div/Add/Sub(·, c)   =>   Linear'(x) -> movement
+    W'[:, n] = W[:, n]·a_n     b'_n = b_n·a_n + d_n
+
+c must be a function of the Linear's output channel n alone: LayerScale, the d^-1/2 on q, biases added after a fused
+q/k/v was split. A scalar Mul/Div on the attention scores moves to q the same way. Exact in real arithmetic.
+One run is a fixpoint; a second run finds nothing.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mptqc.graph.edit import constant_of, is_op, only_consumer, producer, remove_dead, replace_value, set_initializer
+from mptqc.graph.layout import Shapes, readers, trace
+from mptqc.graph.match import Linear, match_linear_output
+from mptqc.passes.base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`node` multiplies by `scale` and then adds `shift`, per output channel [N] of `linear`."""
+
+    node: ir.Node
+    data: ir.Value
+    linear: Linear
+    scale: NDArray[np.float64]
+    shift: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FoldAffine(Pass):
+    """Give constant per-channel Mul/Div/Add/Sub behind a Linear to its weight and bias."""
+
+    name: ClassVar[str] = "fold-affine"
+    shapes: Shapes
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Fold in graph order, so that a chain of affines folds into the same Linear one by one."""
+        edits = 0
+        for node in list(model.graph):
+            affine = find_affine(node, self.shapes) or find_score_scale(node, self.shapes)
+            if affine is None:
+                continue
+            _apply(affine)
+            edits += 1
+        remove_dead(model)
+        return PassResult(model, edits)
+
+
+def find_affine(node: ir.Node, shapes: Shapes) -> Affine | None:
+    """The affine that `node` applies to a Linear's output channels, or None."""
+    parts = _split_operands(node)
+    if parts is None:
+        return None
+    data, constant = parts
+    if data.name not in shapes or node.outputs[0].name not in shapes:
+        return None
+    if shapes[str(data.name)] != shapes[str(node.outputs[0].name)]:
+        return None
+    moved = trace(data, shapes)
+    linear = match_linear_output(moved.source)
+    if linear is None:
+        return None
+    channels = moved.channels(shapes)
+    if not _alone(moved.source, channels, data, node, shapes):
+        return None
+    per_channel = _per_channel(constant, channels, len(linear.bias))
+    if per_channel is None:
+        return None
+    touched = np.zeros(len(linear.bias), bool)
+    touched[np.unique(channels)] = True
+    one, zero = np.ones(len(touched)), np.zeros(len(touched))
+    match node.op_type:
+        case "Mul":
+            scale, shift = np.where(touched, per_channel, 1.0), zero
+        case "Div":
+            scale, shift = np.where(touched, 1.0 / np.where(touched, per_channel, 1.0), 1.0), zero
+        case "Add":
+            scale, shift = one, np.where(touched, per_channel, 0.0)
+        case _:
+            scale, shift = one, np.where(touched, -per_channel, 0.0)
+    return Affine(node, data, linear, scale, shift)
+
+
+def find_score_scale(node: ir.Node, shapes: Shapes) -> Affine | None:
+    """A scalar Mul/Div right behind q·k, moved to q's channels of its Linear; or None."""
+    parts = _split_operands(node)
+    if parts is None or not is_op(node, "Mul", "Div") or parts[1].size != 1:
+        return None
+    product = producer(parts[0], "MatMul")
+    if product is None or only_consumer(parts[0]) is not node or constant_of(product.inputs[1]) is not None:
+        return None
+    q = product.inputs[0]
+    if q is None or q.name not in shapes or parts[0].name not in shapes:
+        return None
+    moved = trace(q, shapes)
+    linear = match_linear_output(moved.source)
+    if linear is None:
+        return None
+    channels = moved.channels(shapes)
+    if not _alone(moved.source, channels, q, product, shapes):
+        return None
+    factor = float(parts[1].reshape(-1)[0])
+    scale = np.ones(len(linear.bias))
+    scale[np.unique(channels)] = factor if node.op_type == "Mul" else 1.0 / factor
+    return Affine(node, parts[0], linear, scale, np.zeros(len(scale)))
+
+
+def _split_operands(node: ir.Node) -> tuple[ir.Value, NDArray[np.float64]] | None:
+    """(computed operand, constant operand) of Mul, Div, Add, Sub; None for anything else, or constant − x, constant / x."""
+    if not is_op(node, "Mul", "Div", "Add", "Sub"):
+        return None
+    left, right = node.inputs
+    if left is None or right is None:
+        return None
+    constant = constant_of(right)
+    if constant is not None:
+        return left, constant.astype(np.float64)
+    constant = constant_of(left)
+    if constant is None or is_op(node, "Div", "Sub"):
+        return None
+    return right, constant.astype(np.float64)
+
+
+def _alone(source: ir.Value, channels: NDArray[np.int64], data: ir.Value, node: ir.Node, shapes: Shapes) -> bool:
+    """True if nothing but `node`, reading `data`, computes with these channels of `source`."""
+    touched = set(np.unique(channels).tolist())
+    for reader in readers(source, shapes):
+        if reader.node is node and reader.value is data:
+            continue
+        if touched & set(np.unique(reader.trace.channels(shapes)).tolist()):
+            return False
+    return True
+
+
+def _per_channel(constant: NDArray[np.float64], channels: NDArray[np.int64], count: int) -> NDArray[np.float64] | None:
+    """The constant as a function of the channel, [count]; None if one channel meets two values."""
+    try:
+        spread = np.broadcast_to(constant, channels.shape)
+    except ValueError:
+        return None
+    result = np.zeros(count)
+    result[channels.reshape(-1)] = spread.reshape(-1)
+    return result if np.array_equal(result[channels], spread) else None
+
+
+def _apply(affine: Affine) -> None:
+    linear = affine.linear
+    weight = linear.weight * affine.scale
+    bias = linear.bias * affine.scale + affine.shift
+    set_initializer(linear.matmul, 1, f"{linear.matmul.inputs[1].name}", weight.astype(np.float32))  # type: ignore[union-attr]
+    index = linear.bias_index
+    set_initializer(linear.add, index, f"{linear.add.inputs[index].name}", bias.astype(np.float32))  # type: ignore[union-attr]
+    replace_value(affine.node.outputs[0], affine.data)
