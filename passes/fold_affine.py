@@ -112,7 +112,7 @@ def find_score_scale(node: ir.Node, shapes: Shapes) -> Affine | None:
 
 
 def _split_operands(node: ir.Node) -> tuple[ir.Value, NDArray[np.float64]] | None:
-    """(computed operand, constant operand) of Mul, Div, Add, Sub; None for anything else, or constant − x, constant / x."""
+    """(computed operand, constant operand) of Mul, Div, Add, Sub; None for the rest, constant − x and constant / x."""
     if not is_op(node, "Mul", "Div", "Add", "Sub"):
         return None
     left, right = node.inputs
@@ -153,7 +153,6 @@ def _apply(affine: Affine) -> None:
     linear = affine.linear
     weight = linear.weight * affine.scale
     bias = linear.bias * affine.scale + affine.shift
-    set_initializer(linear.matmul, 1, f"{linear.matmul.inputs[1].name}", weight.astype(np.float32))  # type: ignore[union-attr]
-    index = linear.bias_index
-    set_initializer(linear.add, index, f"{linear.add.inputs[index].name}", bias.astype(np.float32))  # type: ignore[union-attr]
+    set_initializer(linear.matmul, 1, weight.astype(np.float32))
+    set_initializer(linear.add, linear.bias_index, bias.astype(np.float32))
     replace_value(affine.node.outputs[0], affine.data)

@@ -59,10 +59,11 @@ def name_sites(model: ir.Model, shapes: Shapes) -> dict[ir.Node, str]:
             _name_mlp(linear, by_input, sum(start < order[linear.matmul] for start in starts) - 1, names, shapes)
     _name_ends(model, linears, names, shapes)
     counts: dict[str, int] = {}
-    for kind, nodes in (
-        ("linear", [linear.matmul for linear in linears]),
-        ("conv", [convolution.node for convolution in find_convolutions(model)]),
-    ):
+    unnamed: dict[str, list[ir.Node]] = {
+        "linear": [linear.matmul for linear in linears],
+        "conv": [convolution.node for convolution in find_convolutions(model)],
+    }
+    for kind, nodes in unnamed.items():
         for node in nodes:
             if node not in names:
                 names[node] = f"{kind}{counts.setdefault(kind, 0):02d}"
@@ -109,9 +110,9 @@ def _name_ends(model: ir.Model, linears: list[Linear], names: dict[ir.Node, str]
         if linear is not None:
             names.setdefault(linear.matmul, "head")
             continue
-        node = producer(source, "Add", "Mul", "Div", "Softmax", "ReduceMean", "Concat", "Unsqueeze")
-        if node is not None:
-            frontier.extend(value for value in node.inputs if value is not None)
+        ending = producer(source, "Add", "Mul", "Div", "Softmax", "ReduceMean", "Concat", "Unsqueeze")
+        if ending is not None:
+            frontier.extend(value for value in ending.inputs if value is not None)
 
 
 def _name_norms(model: ir.Model, linears: dict[ir.Node, Linear], names: dict[ir.Node, str], shapes: Shapes) -> None:

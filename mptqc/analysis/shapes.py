@@ -28,7 +28,8 @@ def concrete_shapes(model: ir.Model, batch: int = 1) -> dict[str, tuple[int, ...
     proto.graph.output.extend(
         onnx.helper.make_tensor_value_info(f"{name}/shape", onnx.TensorProto.INT64, None) for name in values
     )
-    session = create_session(proto.SerializeToString(), threads=1, graph_optimization=False)
+    serialized: bytes = proto.SerializeToString()  # type: ignore[no-untyped-call] # protobuf has no types
+    session = create_session(serialized, threads=1, graph_optimization=False)
     graph_input = model.graph.inputs[0]
     shape = input_shape(graph_input, batch)
     found = session.run(None, {graph_input.name: np.zeros(shape, np.float32)})
@@ -48,7 +49,7 @@ def input_shape(graph_input: ir.Value, batch: int) -> tuple[int, ...]:
     dims: Sequence[object] = () if graph_input.shape is None else tuple(graph_input.shape)
     if not dims or any(not isinstance(dim, int) for dim in dims[1:]):
         raise ModelError(
-            f"input {graph_input.name!r} has shape {[str(dim) for dim in dims]}: only its first dimension (the batch) may be "
-            "open; export the model with a fixed image size"
+            f"input {graph_input.name!r} has shape {[str(dim) for dim in dims]}: only its first dimension "
+            "(the batch) may be open; export the model with a fixed image size"
         )
     return tuple(dim if isinstance(dim, int) else batch for dim in dims)

@@ -56,17 +56,18 @@ def add_initializer(
     while unique in taken:
         suffix += 1
         unique = f"{name}_{suffix}"
-    tensor = ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=unique)
+    tensor = ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=unique)
     value = ir.val(unique, dtype=tensor.dtype, shape=ir.Shape(array.shape), const_value=tensor)
     graph.register_initializer(value)
     return value
 
 
-def set_initializer(node: ir.Node, index: int, name: str, array: NDArray[np.generic]) -> ir.Value:
+def set_initializer(node: ir.Node, index: int, array: NDArray[np.generic]) -> ir.Value:
     """Give input `index` of `node` a new constant; the old one stays for its other readers (copy-on-write)."""
-    graph = node.graph
+    graph, old = node.graph, node.inputs[index]
     assert isinstance(graph, ir.Graph)
-    value = add_initializer(graph, name, array)
+    assert old is not None
+    value = add_initializer(graph, str(old.name), array)
     node.replace_input_with(index, value)
     return value
 

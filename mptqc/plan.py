@@ -1,0 +1,185 @@
+"""What was decided: an immutable plan, keyed by site id, that alone rebuilds the compiled model.
+
+On disk: `plan.json` (readable; scalars and bits) and `plan.safetensors` beside it (vectors and tensors).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from mptqc.errors import OutputError, PlanError
+from mptqc.graph.files import write_atomically
+from mptqc.recipe import Bits, Recipe
+
+PLAN_FORMAT = 1
+
+
+class Frozen(BaseModel):
+    """Immutable, compared by value, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Uniform(Frozen):
+    """x̂ = (clip(round(x/Δ) + z, 0, 2^k − 1) − z)·Δ."""
+
+    kind: Literal["uniform"] = "uniform"
+    bits: Bits
+    scale: Annotated[float, Field(gt=0)]
+    zero_point: Annotated[int, Field(ge=0, le=255)]
+
+
+class TwoRegion(Frozen):
+    """OPT-m: n1 codes of step Δ up to T = (n1 − 1 − z)Δ, then 2^k − n1 codes of step 2^m·Δ.
+
+    x̂ = Δ·clip(round(x/Δ), −z, n1−1−z) + 2^m·Δ·(clip(round(x/(2^m·Δ)), j, j+n2) − j), with T = j·2^m·Δ, n2 = 2^k − n1.
+    """
+
+    kind: Literal["two-region"] = "two-region"
+    bits: Bits
+    scale: Annotated[float, Field(gt=0)]
+    zero_point: Annotated[int, Field(ge=0, le=255)]
+    m: Annotated[int, Field(ge=1, le=7)]
+    low_codes: Annotated[int, Field(ge=1, le=255)]
+
+    @property
+    def high_codes(self) -> int:
+        """n2."""
+        return int(2**self.bits - self.low_codes)
+
+    @property
+    def split(self) -> int:
+        """T/Δ, a multiple of 2^m."""
+        return self.low_codes - 1 - self.zero_point
+
+    @property
+    def top_code(self) -> int:
+        """The largest code in units of Δ above the smallest; at most 255."""
+        return int(self.low_codes - 1 + self.high_codes * 2**self.m)
+
+
+ActivationQuantizer = Annotated[Uniform | TwoRegion, Field(discriminator="kind")]
+
+
+class LayerPlan(Frozen):
+    """A Linear. Array `<site>/weight_scale` [N]; `<site>/weight_codes` if they are not the nearest ones."""
+
+    site: str
+    weight_bits: Bits
+    input: ActivationQuantizer
+
+
+class AttentionPlan(Frozen):
+    """The operands of the two products of an attention."""
+
+    site: str
+    q: ActivationQuantizer
+    k: ActivationQuantizer
+    p: ActivationQuantizer
+    v: ActivationQuantizer
+
+
+class NormFold(Frozen):
+    """SQ-b at one norm. Arrays `<site>/shift` and `<site>/scale`, [C]: x' = (x − shift)/scale."""
+
+    site: str
+    alpha: float
+
+
+class AttentionFold(Frozen):
+    """Folds through one attention. Arrays, each [heads, d]: `<site>/k_shift`, `/v_shift`, `/qk_scale`, `/v_scale`.
+
+    k' = (k − k_shift)·qk_scale, q' = q/qk_scale, v' = (v − v_shift)/v_scale.
+    """
+
+    site: str
+
+
+class Refusal(Frozen):
+    """A site that was left as it is, and why."""
+
+    site: str
+    what: str
+    reason: str
+
+
+class QuantPlan(Frozen):
+    """The whole decision for one model; `arrays` holds its vectors, float32 or int8."""
+
+    format: Literal[1] = PLAN_FORMAT  # type: ignore[assignment]
+    model_digest: str
+    recipe: Recipe
+    norm_folds: tuple[NormFold, ...] = ()
+    attention_folds: tuple[AttentionFold, ...] = ()
+    layers: tuple[LayerPlan, ...] = ()
+    attentions: tuple[AttentionPlan, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    preprocess: str | None = None
+    arrays: Mapping[str, NDArray[np.generic]] = Field(default_factory=dict, exclude=True, repr=False)
+
+    def with_arrays(self, arrays: Mapping[str, NDArray[np.generic]]) -> "QuantPlan":
+        """A plan with these arrays added or replaced."""
+        return self.model_copy(update={"arrays": {**self.arrays, **arrays}})
+
+    def array(self, key: str) -> NDArray[np.float32]:
+        """One float32 array.
+
+        Raises:
+            PlanError: the plan has no such array.
+        """
+        if key not in self.arrays:
+            raise PlanError(f"the plan has no array {key!r}; its .safetensors file belongs to another plan")
+        return self.arrays[key].astype(np.float32, copy=False)
+
+
+def save_plan(plan: QuantPlan, path: Path) -> None:
+    """Write `path` (JSON) and the `.safetensors` beside it; both whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    tensors = save({key: np.ascontiguousarray(plan.arrays[key]) for key in sorted(plan.arrays)})
+    content = {"arrays_sha256": hashlib.sha256(tensors).hexdigest(), **plan.model_dump(mode="json")}
+    try:
+        write_atomically(path.with_suffix(".safetensors"), tensors)
+        write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise OutputError(f"cannot write the plan to {path}: {error.strerror}") from error
+
+
+def load_plan(path: Path) -> QuantPlan:
+    """Read a plan and its arrays.
+
+    Raises:
+        PlanError: a file is missing or damaged, or the two do not belong together.
+    """
+    beside = path.with_suffix(".safetensors")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
+        arrays = load_file(beside)
+    except OSError as error:
+        raise PlanError(f"cannot read the plan: {error.filename}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise PlanError(f"the plan {path} is damaged: {error}") from error
+    if not isinstance(content, dict) or "arrays_sha256" not in content:
+        raise PlanError(f"{path} is not a plan written by mptqc (compile with --plan-out to get one)")
+    if content.pop("arrays_sha256") != digest:
+        raise PlanError(
+            f"{beside.name} does not belong to {path.name}: its digest differs; keep the two files together"
+        )
+    try:
+        plan = QuantPlan.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise PlanError(f"the plan {path} is not valid at {where}: {first['msg'].lower()}") from error
+    return plan.with_arrays(arrays)
