@@ -1,0 +1,36 @@
+"""The canonical form: the passes that lead to it, in order."""
+
+import onnx_ir as ir
+
+from mptqc.passes.base import Pass, run_passes
+from mptqc.passes.canonicalise_linear import CanonicaliseLinear
+from mptqc.passes.convert_opset import ConvertOpset
+from mptqc.passes.eliminate_identity import EliminateIdentity
+from mptqc.passes.fuse_gelu import FuseGelu
+from mptqc.passes.fuse_layer_norm import FuseLayerNorm
+from mptqc.passes.infer_shapes import InferShapes
+from mptqc.passes.lift_constants import LiftConstants
+from mptqc.passes.simplify import Simplify
+from mptqc.passes.unshare_weights import UnshareWeights
+
+CANONICAL_PASSES: tuple[Pass, ...] = (
+    Simplify(),
+    LiftConstants(),
+    ConvertOpset(),
+    InferShapes(),
+    EliminateIdentity(),
+    FuseLayerNorm(),
+    FuseGelu(),
+    CanonicaliseLinear(),
+    UnshareWeights(),
+    InferShapes(),
+)
+
+
+def canonicalise(model: ir.Model) -> ir.Model:
+    """Bring a float model to the canonical form, in place; what it computes changes by rounding only.
+
+    Raises:
+        ModelError: an op cannot be brought to it, as each pass says.
+    """
+    return run_passes(model, CANONICAL_PASSES)

@@ -1,0 +1,56 @@
+"""Give every Linear, convolution and norm its own weights."""
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from mptqc.graph.edit import constant_of, is_op, producer, set_initializer
+from mptqc.passes.base import Pass, PassResult
+
+logger = logging.getLogger(__name__)
+
+# op → the inputs that hold parameters
+_PARAMETERS: dict[str, tuple[int, ...]] = {
+    "MatMul": (1,),
+    "Gemm": (1, 2),
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "LayerNormalization": (1, 2),
+}
+
+
+@dataclass(frozen=True)
+class UnshareWeights(Pass):
+    """Copy an initializer for each further use as weight, bias, γ or β. One run is a fixpoint.
+
+    a = MatMul(x, W); b = MatMul(y, W)    →    a = MatMul(x, W); b = MatMul(y, W_1)
+
+    The copies share their memory until a pass gives one of them new values.
+    """
+
+    name: ClassVar[str] = "unshare-weights"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """The first use keeps the initializer, unless something that is no parameter reads it too."""
+        edits = 0
+        sites = [(node, index) for node in model.graph for index in _parameter_inputs(node)]
+        for node, index in sites:
+            value = node.inputs[index]
+            array = constant_of(value)
+            if value is None or array is None or (len(value.uses()) == 1 and not value.is_graph_output()):
+                continue
+            set_initializer(node, index, value.name or "weight", array)
+            edits += 1
+        return PassResult(model, edits)
+
+
+def _parameter_inputs(node: ir.Node) -> list[int]:
+    if is_op(node, *_PARAMETERS):
+        return [index for index in _PARAMETERS[node.op_type] if index < len(node.inputs)]
+    if is_op(node, "Add"):
+        product = producer(node.inputs[0], "MatMul")
+        if product is not None and constant_of(product.inputs[1]) is not None:
+            return [1]
+    return []
