@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from zoo_files import write_data, write_model
+from zoo_files import CALIBRATION_COUNT, TEST_COUNT, Split, onnx_top1, preprocessing, write_data, write_model
 from zoo_models import IMAGE_SIZE, build
 
 logger = logging.getLogger("train_zoo")
@@ -40,14 +39,6 @@ class Schedule:
 
 
 SCHEDULES = {"vit": Schedule(epochs=28), "deit": Schedule(epochs=12), "swin": Schedule(epochs=10)}
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images uint8 [N, 1, 28, 28] and labels int64 [N]."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
 
 
 def read_split(folder: Path, stem: str) -> Split:
@@ -79,7 +70,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(model: nn.Module, split: Split, schedule: Schedule, *, seed: int, teacher: nn.Module | None) -> None:
-    """Train ``model`` in place, in bfloat16 autocast; with ``teacher`` its second output learns the teacher's labels."""
+    """Train ``model`` in place, in bfloat16 autocast; with ``teacher`` its second head learns the teacher's labels."""
     generator = torch.Generator().manual_seed(seed)
     images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -127,14 +118,6 @@ def _warm_cosine(steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
     return factor
 
 
-def top1(model: nn.Module, split: Split) -> float:
-    """Return the float32 top-1 accuracy of ``model`` in evaluation mode."""
-    images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    with torch.no_grad():
-        predicted = torch.cat([model(normalise(part)).argmax(dim=1) for part in images.split(500)])
-    return (predicted == labels).double().mean().item()
-
-
 def trained(name: str, arguments: argparse.Namespace, train_split: Split, teacher: nn.Module | None) -> nn.Module:
     """Return model ``name`` in evaluation mode: from its checkpoint, or trained now and saved there."""
     torch.manual_seed(arguments.seed)
@@ -163,12 +146,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
     train_split, test_split = read_split(arguments.data, "train"), read_split(arguments.data, "t10k")
-    write_data(arguments.output, train_split, test_split, mean=MEAN, std=STD, seed=arguments.seed)
+    fields = preprocessing(MEAN, STD)
+    committed_test = test_split.sample(TEST_COUNT, arguments.seed)
+    write_data(arguments.output, train_split.sample(CALIBRATION_COUNT, arguments.seed), committed_test, fields)
     for name in arguments.models:
         teacher = trained("vit", arguments, train_split, None) if name == "deit" else None
-        model = trained(name, arguments, train_split, teacher)
-        logger.info("%s: float top-1 %.4f on %d test images", name, top1(model, test_split), len(test_split.labels))
-        write_model(arguments.output, name, model)
+        path = write_model(arguments.output, name, trained(name, arguments, train_split, teacher), fields)
+        all_images, committed = (onnx_top1(path, s, mean=MEAN, std=STD) for s in (test_split, committed_test))
+        logger.info(
+            "%s: float top-1 %.4f on 10,000 test images, %.4f on the %d", name, all_images, committed, TEST_COUNT
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Turn a torch module into an ONNX file with either of torch's two exporters."""
 
 import logging
-import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ import onnx_ir as ir
 
 from mptqc.errors import ModelError, OutputError
 from mptqc.export.packages import import_torch
+from mptqc.graph.io import save_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,8 +25,6 @@ OPSET_RANGES: Mapping[Exporter, tuple[int, int]] = {"dynamo": (18, 25), "torchsc
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 DYNAMIC_BATCH_NAME = "batch"
 TRACED_BATCH = 2  # a traced batch of 1 is taken for a constant by the exporters
-# A protobuf message ends at 2 GiB; the graph around the weights takes the room below that.
-EXTERNAL_DATA_FROM_BYTES = 2**31 - 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def export_module(
     Args:
         module: the model; it is put in evaluation mode.
         sample_shape: the input's shape without the batch, such as (3, 224, 224).
-        output: the ONNX file; weights too large for one protobuf go to `<output name>.data` beside it.
+        output: the ONNX file; weights too large for one ONNX message go to a data file beside it.
         form: exporter, opset and batch.
         metadata: entries for the model's `metadata_props`.
 
@@ -76,7 +73,9 @@ def export_module(
     batch = TRACED_BATCH if form.batch is None else form.batch
     sample = torch.randn((batch, *sample_shape), generator=generator)
     module.eval()
-    with _staging_folder(output) as staging:
+    if not output.parent.is_dir():  # told before the long part
+        raise OutputError(f"{output} cannot be written: the folder {output.parent} does not exist; create it first")
+    with tempfile.TemporaryDirectory(prefix="mptqc-export-") as staging:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # notes on the exporters' own internals
@@ -89,7 +88,7 @@ def export_module(
                 f"Try --exporter {_other(form.exporter)}."
             ) from error
         model.metadata_props.update(metadata)
-        _save(model, output, Path(staging))
+        save_model(model, output)
     logger.info("wrote %s: %s, opset %d", output, form.exporter, form.resolved_opset)
 
 
@@ -129,47 +128,6 @@ def _torchscript_model(module: "nn.Module", sample: "Tensor", form: OnnxForm, st
         dynamic_axes=axes,
     )
     return ir.load(traced)
-
-
-def _save(model: ir.Model, output: Path, staging: Path) -> None:
-    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    data_name = f"{output.name}.data" if weight_bytes > EXTERNAL_DATA_FROM_BYTES else None
-    folder = staging / "finished"
-    try:
-        folder.mkdir()
-        if data_name is None:
-            ir.external_data.load_to_model(model)
-        ir.save(model, folder / output.name, external_data=data_name)
-        if data_name is not None:
-            (folder / data_name).replace(output.with_name(data_name))
-        (folder / output.name).replace(output)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error}. Check the folder's rights and free space.") from error
-
-
-class _staging_folder:  # noqa: N801 - used as a function
-    """A temporary folder beside `output`, so that the last step is a rename on one file system."""
-
-    def __init__(self, output: Path) -> None:
-        self._output = output
-        self._folder: str | None = None
-
-    def __enter__(self) -> str:
-        try:
-            self._folder = tempfile.mkdtemp(prefix=".mptqc-export-", dir=self._output.parent)
-        except OSError as error:
-            raise OutputError(
-                f"{self._output} cannot be written: {error.strerror} ({self._output.parent}). "
-                "Give a path in an existing folder that you may write to."
-            ) from error
-        if self._output.is_dir() or (self._output.exists() and not os.access(self._output, os.W_OK)):
-            shutil.rmtree(self._folder)
-            raise OutputError(f"{self._output} is a folder or write-protected; give the path of a file.")
-        return self._folder
-
-    def __exit__(self, *_: object) -> None:
-        assert self._folder is not None
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

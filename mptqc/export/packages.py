@@ -72,10 +72,10 @@ def _declare_torchvision_operators(torch: ModuleType) -> None:
     """Declare the two operators that torchvision's Python side registers meta functions for, where they are missing.
 
     torchvision's wheel is built for the CUDA torch: beside a CPU torch its library does not load and its import stops
-    at "operator torchvision::nms does not exist". Declared first, without a kernel, it imports; nothing here calls them.
+    at "operator torchvision::nms does not exist". Declared first, without a kernel, it imports; nothing calls them.
     """
     try:
-        import torchvision  # noqa: F401, PLC0415 - the question is whether it imports
+        import torchvision  # noqa: F401 - the question is whether it imports
     except (ImportError, RuntimeError, OSError) as error:
         logger.debug("torchvision does not import by itself (%s): declaring its operators", error)
     else:

@@ -14,13 +14,13 @@ def randomise_constant_parameters(model: "nn.Module", seed: int) -> int:
     A fresh model has zero biases, LayerNorm γ = 1, β = 0 and a constant LayerScale. Simplifiers delete the additions
     of zero and the products with one, so an export with them is not the graph of a trained model.
     """
-    import torch  # noqa: PLC0415 - torch is optional: only exporting needs it
+    import torch  # optional: only exporting needs it
 
     generator = torch.Generator().manual_seed(seed)
     changed = 0
     with torch.no_grad():
         for parameter in model.parameters():
             if bool((parameter == parameter.flatten()[0]).all()):
-                parameter += NOISE * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(NOISE * torch.randn(parameter.shape, generator=generator))
                 changed += 1
     return changed

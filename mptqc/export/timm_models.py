@@ -1,12 +1,13 @@
 """Export a timm model by name, with its preprocessing in the file."""
 
+import difflib
 import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mptqc.errors import ModelError
 from mptqc.export.onnx_writer import Exporter, OnnxForm, export_module
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 PREPROCESS_KEY = "mptqc.preprocess"
 SUPPORTED_FAMILIES = ("vit_", "deit_", "deit3_", "swin_")
-MAX_SUGGESTIONS = 8
+EXAMPLES = ("vit_small_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
+MAX_SUGGESTIONS = 5
 
 
 def export_timm(
@@ -54,15 +56,18 @@ def export_timm(
         ModelError: unknown name, weights that cannot be had, missing torch or timm, or a failed export.
         OutputError: `output` cannot be written.
     """
+    if image_size is not None and image_size < 1:
+        raise ModelError(f"image size is {image_size}; give a positive number of pixels.")
     form = OnnxForm(exporter=exporter, opset=opset, batch=batch)
     if pretrained:
         stay_offline_without_a_hub()
     timm = import_timm()
     _check_name(timm, name)
     model = _create(timm, name, pretrained=pretrained, image_size=image_size, fused=fused_attention, seed=seed)
-    config = model.pretrained_cfg
+    config = cast("Mapping[str, Any]", model.pretrained_cfg)
     channels, height, width = config["input_size"]
     if image_size is not None:
+        _check_image_size(model, name, image_size)
         height = width = image_size
     preprocessing = preprocessing_of(config, (height, width))
     export_module(model, (channels, height, width), output, form, {PREPROCESS_KEY: json.dumps(preprocessing)})
@@ -95,10 +100,18 @@ def _check_name(timm: ModuleType, name: str) -> None:
             f"{name!r} is no plain vision transformer that mptqc compiles; give a timm model of the families "
             f"{', '.join(SUPPORTED_FAMILIES)}."
         )
-    stem = architecture.rpartition("_")[0] or architecture
-    known = [m for family in SUPPORTED_FAMILIES for m in timm.list_models(f"{family}*") if m.startswith(stem[:9])]
-    similar = ", ".join(known[:MAX_SUGGESTIONS]) or "vit_small_patch16_224, deit_tiny_patch16_224"
-    raise ModelError(f"timm {timm.__version__} has no model named {name!r}. Names that begin alike: {similar}.")
+    known = [model for family in SUPPORTED_FAMILIES for model in timm.list_models(f"{family}*")]
+    similar = difflib.get_close_matches(architecture, known, n=MAX_SUGGESTIONS) or EXAMPLES
+    raise ModelError(f"timm {timm.__version__} has no model named {name!r}. Names like it: {', '.join(similar)}.")
+
+
+def _check_image_size(model: "nn.Module", name: str, image_size: int) -> None:
+    patch = max(cast("tuple[int, int]", cast("nn.Module", model.patch_embed).patch_size))
+    if image_size % patch:
+        raise ModelError(
+            f"image size {image_size} is not a multiple of the {patch} pixel patches of {name!r}; the model would not "
+            f"see the last {image_size % patch} rows and columns. The nearest size is {max(1, image_size // patch) * patch}."
+        )
 
 
 def _create(
@@ -127,6 +140,6 @@ def _create(
 def _no_weights(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"the pretrained weights of {name!r} cannot be had: {reason} With access to huggingface.co, or with the weights "
-        "in its local cache, the same command works; --random exports the model's structure with random weights."
+        f"the pretrained weights of {name!r} cannot be had: {reason} With access to huggingface.co, or with the "
+        "weights in its local cache, the same command works; --random exports the structure with random weights."
     )
