@@ -5,11 +5,13 @@ import onnx_ir as ir
 from mptqc.passes.base import Pass, run_passes
 from mptqc.passes.canonicalise_linear import CanonicaliseLinear
 from mptqc.passes.convert_opset import ConvertOpset
+from mptqc.passes.decompose_attention import DecomposeAttention
 from mptqc.passes.eliminate_identity import EliminateIdentity
 from mptqc.passes.fuse_gelu import FuseGelu
 from mptqc.passes.fuse_layer_norm import FuseLayerNorm
 from mptqc.passes.infer_shapes import InferShapes
 from mptqc.passes.lift_constants import LiftConstants
+from mptqc.passes.normalise_softmax import NormaliseSoftmax
 from mptqc.passes.simplify import Simplify
 from mptqc.passes.unshare_weights import UnshareWeights
 
@@ -18,7 +20,9 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     LiftConstants(),
     ConvertOpset(),
     InferShapes(),
+    DecomposeAttention(),
     EliminateIdentity(),
+    NormaliseSoftmax(),
     FuseLayerNorm(),
     FuseGelu(),
     CanonicaliseLinear(),

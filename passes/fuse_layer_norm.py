@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mptqc.graph.edit import (
     Builder,
+    add_initializer,
     constant_of,
     is_op,
     only_consumer,
@@ -24,7 +25,6 @@ from mptqc.graph.edit import (
     remove_dead,
     replace_value,
     scalar_of,
-    set_initializer,
 )
 from mptqc.graph.shapes import is_last_axis, last_dim, rank_of
 from mptqc.passes.base import Pass, PassResult
@@ -67,7 +67,8 @@ class FuseLayerNorm(Pass):
         matches = list(find_layer_norms(model.graph))
         for match in matches:
             _replace(match)
-        edits = len(matches) + sum(_complete(node) for node in list(model.graph) if is_op(node, "LayerNormalization"))
+        whole = [node for node in model.graph if is_op(node, "LayerNormalization")]
+        edits = len(matches) + sum(_complete(model.graph, node) for node in whole)
         remove_dead(model)
         return PassResult(model, edits)
 
@@ -98,7 +99,7 @@ def _replace(match: LayerNormMatch) -> None:
     logger.debug("fused %s", prefix)
 
 
-def _complete(node: ir.Node) -> bool:
+def _complete(graph: ir.Graph, node: ir.Node) -> bool:
     """Write axis=-1 and an explicit β on a LayerNormalization over the last axis; True if that changed it."""
     x, gamma = node.inputs[0], constant_of(node.inputs[1])
     axis = node.attributes.get_int("axis", -1)
@@ -110,7 +111,7 @@ def _complete(node: ir.Node) -> bool:
         changed = True
     if len(node.inputs) < 3 or node.inputs[2] is None:
         node.resize_inputs(3)
-        set_initializer(node, 2, f"{node.name or node.outputs[0].name}/beta", np.zeros_like(gamma))
+        node.replace_input_with(2, add_initializer(graph, f"{node.name or node.outputs[0].name}/beta", 0 * gamma))
         changed = True
     return changed
 

@@ -41,7 +41,7 @@ class UnshareWeights(Pass):
             array = constant_of(value)
             if value is None or array is None or (len(value.uses()) == 1 and not value.is_graph_output()):
                 continue
-            set_initializer(node, index, value.name or "weight", array)
+            set_initializer(node, index, array)
             edits += 1
         return PassResult(model, edits)
 
