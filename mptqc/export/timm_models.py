@@ -107,10 +107,11 @@ def _check_name(timm: ModuleType, name: str) -> None:
 
 def _check_image_size(model: "nn.Module", name: str, image_size: int) -> None:
     patch = max(cast("tuple[int, int]", cast("nn.Module", model.patch_embed).patch_size))
-    if image_size % patch:
+    unseen = image_size % patch
+    if unseen:
         raise ModelError(
             f"image size {image_size} is not a multiple of the {patch} pixel patches of {name!r}; the model would not "
-            f"see the last {image_size % patch} rows and columns. The nearest size is {max(1, image_size // patch) * patch}."
+            f"see the last {unseen} rows and columns. Give {image_size - unseen + patch}, for example."
         )
 
 
