@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from mptqc.graph.edit import is_op, producer
+from mptqc.graph.edit import constant_of, is_op, producer
 from mptqc.graph.layout import Shapes, readers, trace
 from mptqc.graph.match import (
     SITE_KEY,
@@ -112,7 +112,7 @@ def _name_ends(model: ir.Model, linears: list[Linear], names: dict[ir.Node, str]
             continue
         ending = producer(source, "Add", "Mul", "Div", "Softmax", "ReduceMean", "Concat", "Unsqueeze")
         if ending is not None:
-            frontier.extend(value for value in ending.inputs if value is not None)
+            frontier.extend(value for value in ending.inputs if value is not None and constant_of(value) is None)
 
 
 def _name_norms(model: ir.Model, linears: dict[ir.Node, Linear], names: dict[ir.Node, str], shapes: Shapes) -> None:

@@ -22,17 +22,16 @@ def concrete_shapes(model: ir.Model, batch: int = 1) -> dict[str, tuple[int, ...
     """
     proto = ir.to_proto(model)
     values = [out for node in proto.graph.node for out in node.output if out]
-    for name in values:
-        proto.graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}/shape"]))
     del proto.graph.output[:]
-    proto.graph.output.extend(
-        onnx.helper.make_tensor_value_info(f"{name}/shape", onnx.TensorProto.INT64, None) for name in values
-    )
+    for position, name in enumerate(values):
+        shape_name = f"mptqc.shape.{position}"
+        proto.graph.node.append(onnx.helper.make_node("Shape", [name], [shape_name]))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(shape_name, onnx.TensorProto.INT64, None))
     serialized: bytes = proto.SerializeToString()  # type: ignore[no-untyped-call] # protobuf has no types
     session = create_session(serialized, threads=1, graph_optimization=False)
     graph_input = model.graph.inputs[0]
     shape = input_shape(graph_input, batch)
-    found = session.run(None, {graph_input.name: np.zeros(shape, np.float32)})
+    found: Sequence[Sequence[int]] = session.run(None, {graph_input.name: np.zeros(shape, np.float32)})
     shapes: dict[str, tuple[int, ...]] = {
         name: tuple(int(dim) for dim in dims) for name, dims in zip(values, found, strict=True)
     }
