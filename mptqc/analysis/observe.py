@@ -1,0 +1,208 @@
+"""One run of the calibration data through the float model, keeping bounded, stratified samples of what sites see.
+
+Rows (token vectors) of a Linear's input: a few random rows of every image, weighted to stand for all rows, and the rows
+with the largest values of all, each with weight 1: random samples alone miss massive activations.
+Attention operands: whole (window, head) slices, spread evenly over the images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mptqc.data.samples import Samples
+from mptqc.graph.layout import trace
+from mptqc.graph.match import Attention
+from mptqc.runtime.session import create_session
+
+Array = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+
+RANDOM_ROWS = 1024
+EXTREME_ROWS = 128
+SLICE_ELEMENTS = 1_250_000
+LEAST_SLICES, MOST_SLICES = 8, 512
+BATCH_BYTES = 400_000_000
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sampled rows of one value: `rows` [n, C], `weights` [n] (how many rows of the data each stands for).
+
+    `low`, `high` [C]: smallest and largest value per channel over all the data, not only the sample.
+    """
+
+    rows: Array
+    weights: Array
+    low: Array
+    high: Array
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Sampled operands of one attention: q [n, T, d], k [n, S, d], p [n, T, S], v [n, S, d]; `heads` [n]."""
+
+    q: Array
+    k: Array
+    p: Array
+    v: Array
+    heads: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Samples by value name (rows) and by attention site (slices)."""
+
+    rows: dict[str, Rows]
+    slices: dict[str, Slices]
+
+
+@dataclass
+class _RowCollector:
+    """Grows while batches arrive; see Rows."""
+
+    per_image: int
+    random: np.random.Generator
+    kept: list[Array] = field(default_factory=list)
+    weights: list[Array] = field(default_factory=list)
+    extreme: Array | None = None
+    low: Array | None = None
+    high: Array | None = None
+
+    def add(self, value: Array, images: int) -> None:
+        rows = value.reshape(-1, value.shape[-1])
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        self.low = low if self.low is None else np.minimum(self.low, low)
+        self.high = high if self.high is None else np.maximum(self.high, high)
+        count = min(self.per_image * images, len(rows))
+        chosen = self.random.choice(len(rows), count, replace=False)
+        self.kept.append(rows[chosen])
+        self.weights.append(np.full(count, len(rows) / count, np.float32))
+        pool = rows if self.extreme is None else np.concatenate([self.extreme, rows])
+        size = np.abs(pool).max(axis=1)
+        keep = np.argsort(-size, kind="stable")[:EXTREME_ROWS]
+        self.extreme = pool[keep]
+
+    def rows(self) -> Rows:
+        assert self.extreme is not None
+        assert self.low is not None
+        assert self.high is not None
+        weights = [*self.weights, np.ones(len(self.extreme), np.float32)]
+        return Rows(np.concatenate([*self.kept, self.extreme]), np.concatenate(weights), self.low, self.high)
+
+
+@dataclass
+class _SliceCollector:
+    """Takes an even share of each batch's (window, head) slices; see Slices."""
+
+    wanted: int
+    total_images: int
+    random: np.random.Generator
+    parts: list[tuple[Array, ...]] = field(default_factory=list)
+    heads: list[NDArray[np.int64]] = field(default_factory=list)
+    seen: int = 0
+
+    def add(self, q: Array, k: Array, p: Array, v: Array, images: int) -> None:
+        self.seen += images
+        due = round(self.wanted * self.seen / self.total_images) - sum(len(heads) for heads in self.heads)
+        slices = int(np.prod(q.shape[:-2]))
+        chosen = np.sort(self.random.choice(slices, min(due, slices), replace=False))
+        flat = [value.reshape(slices, *value.shape[-2:])[chosen] for value in (q, k, p, v)]
+        flat[1] = np.ascontiguousarray(np.swapaxes(flat[1], 1, 2))
+        self.parts.append(tuple(flat))
+        self.heads.append(chosen % q.shape[-3])
+
+    def slices(self) -> Slices:
+        q, k, p, v = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
+        return Slices(q, k, p, v, np.concatenate(self.heads))
+
+
+def observe(
+    model: ir.Model,
+    samples: Samples,
+    values: Sequence[ir.Value],
+    attentions: Sequence[Attention],
+    shapes: dict[str, tuple[int, ...]],
+    seed: int,
+    report: Progress,
+) -> Observations:
+    """Run all samples once and collect what the searches need; memory does not grow with their number.
+
+    Args:
+        model: the float model.
+        samples: calibration images.
+        values: values whose rows are sampled (inputs of Linears, outputs of norms); names must be unique.
+        attentions: attentions whose operands are sampled.
+        shapes: concrete shapes at batch 1.
+        seed: seed of the choice of rows and slices.
+        report: called with (step, done, total) as images pass.
+    """
+    names = list(dict.fromkeys(str(value.name) for value in values))
+    operands = {
+        attention.site: [str(value.name) for value in (attention.q, attention.k, attention.p, attention.v)]
+        for attention in attentions
+    }
+    outputs = list(dict.fromkeys([*names, *(name for four in operands.values() for name in four)]))
+    random = np.random.default_rng(seed)
+    row_collectors = {name: _RowCollector(-(-RANDOM_ROWS // samples.count), random) for name in names}
+    slice_collectors = {
+        site: _SliceCollector(_slices_wanted(shapes[four[2]], samples.count), samples.count, random)
+        for site, four in operands.items()
+    }
+    image_bytes = 4 * sum(int(np.prod(shapes[name])) for name in outputs)
+    done = 0
+    for found, images in run_batches(model, samples, outputs, max(1, min(16, BATCH_BYTES // max(image_bytes, 1)))):
+        for name, row_collector in row_collectors.items():
+            row_collector.add(found[name], images)
+        for site, slice_collector in slice_collectors.items():
+            slice_collector.add(*(found[name] for name in operands[site]), images=images)
+        done += images
+        report("observe", done, samples.count)
+    return Observations(
+        {name: collector.rows() for name, collector in row_collectors.items()},
+        {site: collector.slices() for site, collector in slice_collectors.items()},
+    )
+
+
+def _slices_wanted(probabilities: tuple[int, ...], images: int) -> int:
+    """How many (window, head) slices to keep, within the memory set for one attention."""
+    rows, columns = probabilities[-2:]
+    available = images * int(np.prod(probabilities[:-2]))
+    return min(available, max(LEAST_SLICES, min(MOST_SLICES, SLICE_ELEMENTS // (rows * columns))))
+
+
+def run_batches(
+    model: ir.Model, samples: Samples, outputs: Sequence[str], batch: int
+) -> Iterator[tuple[dict[str, Array], int]]:
+    """Yield (values by name, images in the batch) for each batch; a model of fixed batch is fed that size.
+
+    The last batch of a fixed size is filled up by repeating its images, and counted as full.
+    """
+    graph_input = model.graph.inputs[0]
+    assert graph_input.shape is not None
+    fixed = graph_input.shape[0]
+    batch = fixed if isinstance(fixed, int) else batch
+    session = create_session(with_outputs(model, outputs))
+    for images in samples.batches(batch):
+        count = len(images)
+        if isinstance(fixed, int) and count < fixed:
+            images = np.resize(images, (fixed, *images.shape[1:]))
+        found = session.run(list(outputs), {str(graph_input.name): images})
+        yield dict(zip(outputs, found, strict=True)), len(images)
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> bytes:
+    """The model's bytes with these values as its only outputs."""
+    proto = ir.to_proto(model)
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    serialized: bytes = proto.SerializeToString()  # type: ignore[no-untyped-call] # protobuf has no types
+    return serialized
+
+
+def origin(value: ir.Value, shapes: dict[str, tuple[int, ...]]) -> ir.Value:
+    """The computed value that `value` was moved from."""
+    return trace(value, shapes).source
