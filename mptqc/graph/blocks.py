@@ -12,7 +12,7 @@ from mptqc.graph.match import Attention, Linear, Norm, find_linears, match_linea
 
 @dataclass(frozen=True)
 class Projections:
-    """The Linears that make q, k, v [C -> heads·head_size, ordered (head, channel)] and the one that reads the context."""
+    """The Linears that make q, k, v, [C -> heads·head_size] ordered (head, channel), and the one after the context."""
 
     q: Linear
     k: Linear

@@ -1,0 +1,152 @@
+"""Activation quantizers, chosen by the error that they cause where the tensor is used (METHOD, recipe step 4).
+
+Linear       ‖(Q(x) − x)W‖²
+q, k         ‖(Q(q) − q)kᵀ‖², ‖q(Q(k) − k)ᵀ‖², each row's mean removed (softmax does not see it)
+softmax, v   ‖(Q(P) − P)V‖², ‖P(Q(v) − v)‖²
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mptqc.analysis.candidates import (
+    Points,
+    Scored,
+    element_error,
+    neighbours,
+    points_of,
+    two_region_candidates,
+    uniform,
+    uniform_candidates,
+)
+from mptqc.analysis.observe import Rows, Slices
+from mptqc.plan import ActivationQuantizer, AttentionPlan
+from mptqc.recipe import RangeMethod
+from mptqc.reference.quantizers import fake_quantize
+
+Array = NDArray[np.float32]
+OutputError = Callable[[ActivationQuantizer], float]
+
+SHORTLIST = 6
+PERCENTILE = 99.99
+REFINEMENTS = 2
+
+
+def search_quantizer(
+    points: Points, bits: int, method: RangeMethod, *, two_regions: bool, output_error: OutputError
+) -> ActivationQuantizer:
+    """The best quantizer of one tensor.
+
+    Args:
+        points: weighted elements of the tensor.
+        bits: 2..8.
+        method: how to choose; two regions are always searched, by element error where `method` is not `output`.
+        two_regions: whether OPT-m is tried beside uniform.
+        output_error: error where the tensor is used, for `output`.
+    """
+    if method is RangeMethod.MIN_MAX:
+        plain = [Scored(0.0, uniform(bits, points.low, points.high))]
+    elif method is RangeMethod.PERCENTILE:
+        plain = [Scored(0.0, uniform(bits, *_percentile_range(points)))]
+    else:
+        plain = uniform_candidates(points, bits)
+    split = two_region_candidates(points, bits) if two_regions else []
+    if method is RangeMethod.OUTPUT:
+        full_range = Scored(0.0, uniform(bits, points.low, points.high))
+        return _search_by_output([full_range, *plain[:SHORTLIST], *split[:SHORTLIST]], output_error)
+    if not split:
+        return plain[0].quantizer
+    return min(plain[0].quantizer, split[0].quantizer, key=lambda one: element_error(one, points))
+
+
+def _search_by_output(shortlist: Sequence[Scored], output_error: OutputError) -> ActivationQuantizer:
+    """The best of the shortlist, then of its neighbours while that helps."""
+    scored = [Scored(output_error(one.quantizer), one.quantizer) for one in shortlist]
+    best = min(scored, key=lambda one: one.error)
+    for _ in range(REFINEMENTS):
+        near = [Scored(output_error(quantizer), quantizer) for quantizer in neighbours(best.quantizer)]
+        nearest = min(near, key=lambda one: one.error)
+        if nearest.error >= best.error:
+            break
+        best = nearest
+    return best.quantizer
+
+
+def _percentile_range(points: Points) -> tuple[float, float]:
+    order = np.argsort(points.values)
+    cumulated = np.cumsum(points.weights[order])
+    shares = cumulated / cumulated[-1] * 100
+    low = float(points.values[order[np.searchsorted(shares, 100 - PERCENTILE)]])
+    high = float(points.values[order[min(np.searchsorted(shares, PERCENTILE), len(order) - 1)]])
+    return min(low, 0.0), max(high, 0.0)
+
+
+def search_linear_input(
+    rows: Rows, weights: Sequence[Array], bits: int, method: RangeMethod, *, two_regions: bool, seed: int
+) -> ActivationQuantizer:
+    """The input quantizer of the Linears that read one value.
+
+    Args:
+        rows: samples of the value, [n, K].
+        weights: W [K, N] of each reader.
+        bits: 2..8.
+        method: how to choose.
+        two_regions: whether OPT-m is tried.
+        seed: of the choice of elements.
+    """
+    points = points_of(rows.rows, rows.weights, float(rows.low.min()), float(rows.high.max()), seed)
+    factor = output_factor(weights)
+    root = np.sqrt(rows.weights)[:, None]
+
+    def output_error(quantizer: ActivationQuantizer) -> float:
+        error = (fake_quantize(quantizer, rows.rows) - rows.rows) * root
+        return float(np.square(error @ factor).sum())
+
+    return search_quantizer(points, bits, method, two_regions=two_regions, output_error=output_error)
+
+
+def output_factor(weights: Sequence[Array]) -> Array:
+    """F [K, ≤K] with ‖eF‖ = ‖eW‖ for the joined W of all readers, in the fewest columns."""
+    joined = np.concatenate(weights, axis=1)
+    if joined.shape[1] <= joined.shape[0]:
+        return joined
+    values, vectors = np.linalg.eigh(joined.astype(np.float64) @ joined.T.astype(np.float64))
+    return (vectors * np.sqrt(np.maximum(values, 0.0))).astype(np.float32)
+
+
+def search_attention(
+    site: str, slices: Slices, bits: int, method: RangeMethod, *, two_regions: bool, seed: int
+) -> AttentionPlan:
+    """The four operand quantizers of one attention; two regions are tried for the probabilities only."""
+    q, k, p, v = slices.q, slices.k, slices.p, slices.v
+    k_centred = k - k.mean(axis=1, keepdims=True)
+    k_moment = np.matmul(k_centred.transpose(0, 2, 1), k_centred)
+    q_moment = np.matmul(q.transpose(0, 2, 1), q)
+
+    def q_error(quantizer: ActivationQuantizer) -> float:
+        error = fake_quantize(quantizer, q) - q
+        return float(np.sum(np.matmul(error, k_moment) * error))
+
+    def k_error(quantizer: ActivationQuantizer) -> float:
+        error = fake_quantize(quantizer, k) - k
+        error -= error.mean(axis=1, keepdims=True)
+        return float(np.sum(np.matmul(error, q_moment) * error))
+
+    def p_error(quantizer: ActivationQuantizer) -> float:
+        return float(np.square(np.matmul(fake_quantize(quantizer, p) - p, v)).sum())
+
+    def v_error(quantizer: ActivationQuantizer) -> float:
+        return float(np.square(np.matmul(p, fake_quantize(quantizer, v) - v)).sum())
+
+    def search(values: Array, error: OutputError, allowed: bool) -> ActivationQuantizer:
+        points = points_of(values, None, float(values.min()), float(values.max()), seed)
+        return search_quantizer(points, bits, method, two_regions=allowed, output_error=error)
+
+    return AttentionPlan(
+        site=site,
+        q=search(q, q_error, False),
+        k=search(k, k_error, False),
+        p=search(p, p_error, two_regions),
+        v=search(v, v_error, False),
+    )

@@ -1,0 +1,165 @@
+"""SQ-b and the folds through attention: which shifts and scales make the quantized layer's output best.
+
+Norm:  b = (hi + lo)/2,  r = (hi − lo)/2,  s = r^α / max|W|^(1−α) per channel; α by the error of the readers' output
+       with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b).
+K, V:  b = (hi + lo)/2 per channel;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mptqc.analysis.candidates import points_of, uniform_candidates
+from mptqc.analysis.observe import Rows, Slices
+from mptqc.analysis.weights import search_weight_scale
+from mptqc.plan import ActivationQuantizer
+from mptqc.reference.quantizers import fake_quantize, quantize_weight
+
+Array = NDArray[np.float32]
+
+SMALLEST = 1e-6
+LARGEST_RATIO = 1e4
+EXPONENTS = (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """x' = (x − shift)/scale, [C] each; `alpha` 0 with scale 1 and shift 0 means: left alone."""
+
+    alpha: float
+    shift: Array
+    scale: Array
+
+
+def plan_norm(
+    rows: Rows,
+    weights: Sequence[Array],
+    weight_bits: int,
+    activation_bits: int,
+    alphas: Sequence[float],
+    seed: int,
+) -> Smoothing:
+    """The smoothing of one norm's output.
+
+    Args:
+        rows: samples of the norm's output, [n, C].
+        weights: W [C, N] of each reader.
+        weight_bits: of the readers; activation_bits: of their common input.
+        alphas: migration strengths to try.
+        seed: of the choice of elements.
+    """
+    weight = np.concatenate(weights, axis=1)
+    shift = (rows.high + rows.low) / 2
+    reach = np.maximum((rows.high - rows.low) / 2, SMALLEST)
+    trials = [Smoothing(0.0, np.zeros_like(shift), np.ones_like(shift))]
+    for alpha in alphas:
+        trials.append(Smoothing(alpha, shift, migration_scale(reach, weight, alpha)))
+    errors = [_trial_error(rows, weight, trial, weight_bits, activation_bits, seed) for trial in trials]
+    return trials[int(np.argmin(errors))]
+
+
+def migration_scale(reach: Array, weight: Array, alpha: float) -> Array:
+    """s = r^α / max|W|^(1−α) per input channel, its geometric mean brought to 1 and its spread bounded; [C]."""
+    largest = np.maximum(np.abs(weight).max(axis=1), SMALLEST)
+    logarithm = alpha * np.log(reach) - (1 - alpha) * np.log(largest)
+    logarithm -= logarithm.mean()
+    return np.exp(np.clip(logarithm, -np.log(LARGEST_RATIO), np.log(LARGEST_RATIO))).astype(np.float32)
+
+
+def _trial_error(
+    rows: Rows, weight: Array, trial: Smoothing, weight_bits: int, activation_bits: int, seed: int
+) -> float:
+    """‖Q(x')Q(W') − x'W'‖² over sampled rows."""
+    smoothed = (rows.rows - trial.shift) / trial.scale
+    scaled = trial.scale[:, None] * weight
+    low, high = (rows.low - trial.shift) / trial.scale, (rows.high - trial.shift) / trial.scale
+    points = points_of(smoothed, rows.weights, float(low.min()), float(high.max()), seed)
+    quantizer = uniform_candidates(points, activation_bits)[0].quantizer
+    weight_scale = search_weight_scale(scaled, weight_bits, None)
+    codes = quantize_weight(scaled, weight_scale, weight_bits) * weight_scale
+    error = fake_quantize(quantizer, smoothed) @ codes - smoothed @ scaled
+    return float(rows.weights @ np.square(error).sum(axis=1))
+
+
+def plan_attention(
+    q: Rows, k: Rows, v: Rows, proj_input: Rows, proj_weight: Array, slices: Slices, bits: int, alphas: Sequence[float]
+) -> Mapping[str, Array]:
+    """Shifts and scales of one attention, [heads·head_size] each: k_shift, v_shift, qk_scale, v_scale.
+
+    Args:
+        q: samples of the Linear's output, [n, heads·head_size]; k, v: likewise.
+        proj_input: samples of the context, [n, heads·head_size].
+        proj_weight: [heads·head_size, C].
+        slices: operands of the products.
+        bits: of the operands and of the projection's input.
+        alphas: migration strengths tried for v.
+    """
+    head_size = slices.q.shape[-1]
+    k_shift, v_shift = (k.high + k.low) / 2, (v.high + v.low) / 2
+    columns = slices.heads[:, None, None] * head_size + np.arange(head_size)
+    return {
+        "k_shift": k_shift,
+        "v_shift": v_shift,
+        "qk_scale": _search_qk_scale(q, k, k_shift, columns, slices, bits),
+        "v_scale": _search_v_scale(v, v_shift, proj_input, proj_weight, columns, slices, bits, alphas),
+    }
+
+
+def _search_qk_scale(q: Rows, k: Rows, k_shift: Array, columns: NDArray[np.int64], slices: Slices, bits: int) -> Array:
+    """t = (r_q/r_k)^(a/2), a judged on scores with each row's mean removed."""
+    q_reach = np.maximum(np.abs(np.stack([q.low, q.high])).max(axis=0), SMALLEST)
+    k_reach = np.maximum((k.high - k.low) / 2, SMALLEST)
+    trials, errors = [], []
+    exact = _centred_scores(slices.q, slices.k)
+    for exponent in EXPONENTS:
+        scale = ((q_reach / k_reach) ** np.float32(exponent / 2)).astype(np.float32)
+        per_slice = scale[columns]
+        scaled_q = _fake(slices.q / per_slice, bits)
+        scaled_k = _fake((slices.k - k_shift[columns]) * per_slice, bits)
+        errors.append(np.square(_centred_scores(scaled_q, scaled_k) - exact).sum())
+        trials.append(scale)
+    return trials[int(np.argmin(errors))]
+
+
+def _search_v_scale(
+    v: Rows,
+    v_shift: Array,
+    proj_input: Rows,
+    proj_weight: Array,
+    columns: NDArray[np.int64],
+    slices: Slices,
+    bits: int,
+    alphas: Sequence[float],
+) -> Array:
+    """s by the error of proj's output: v's own error reaching it through P, and the context's as proj's input."""
+    reach = np.maximum((v.high - v.low) / 2, SMALLEST)
+    importance = np.square(proj_weight).sum(axis=1)[columns]
+    context = proj_input.rows - v_shift
+    trials = [np.ones_like(reach), *(migration_scale(reach, proj_weight, alpha) for alpha in alphas)]
+    errors = []
+    for scale in trials:
+        per_slice = scale[columns]
+        shifted = (slices.v - v_shift[columns]) / per_slice
+        v_error = np.matmul(slices.p, (_fake(shifted, bits) - shifted) * per_slice)
+        from_v = (
+            np.sum(np.square(v_error) * importance) / v_error.shape[1] / len(v_error) * (len(scale) / v_error.shape[2])
+        )
+        scaled = context / scale
+        input_error = ((_fake(scaled, bits) - scaled) * scale) @ proj_weight
+        from_input = proj_input.weights @ np.square(input_error).sum(axis=1) / proj_input.weights.sum()
+        errors.append(float(from_v + from_input))
+    return trials[int(np.argmin(errors))]
+
+
+def _centred_scores(q: Array, k: Array) -> Array:
+    """qkᵀ with each row's mean over the keys removed; [n, T, S]."""
+    centred: Array = np.matmul(q, (k - k.mean(axis=1, keepdims=True)).transpose(0, 2, 1))
+    return centred
+
+
+def _fake(values: Array, bits: int) -> Array:
+    points = points_of(values, None, float(values.min()), float(values.max()), 0)
+    best: ActivationQuantizer = uniform_candidates(points, bits)[0].quantizer
+    return fake_quantize(best, values)
