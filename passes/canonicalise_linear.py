@@ -55,11 +55,15 @@ class CanonicaliseLinear(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite Linear by Linear, in graph order, then take away the Reshapes around them."""
         edits = 0
+        replaced: dict[ir.Value, ir.Value] = {}
         for match in find_linears(model.graph):
-            edits += int(_rewrite(match))
+            if not _is_canonical(match):
+                replaced[match.output] = _rewrite(match, replaced)
+                edits += 1
         for node in list(model.graph):
             edits += int(_unwrap(node))
-        remove_dead(model)
+        if edits:
+            remove_dead(model)
         return PassResult(model, edits)
 
 
@@ -156,30 +160,29 @@ def _is_canonical(match: LinearMatch) -> bool:
     )
 
 
-def _rewrite(match: LinearMatch) -> bool:
-    if _is_canonical(match):
-        return False
+def _rewrite(match: LinearMatch, replaced: dict[ir.Value, ir.Value]) -> ir.Value:
+    x = replaced.get(match.x, match.x)
     anchor = match.output.producer()
     assert anchor is not None
     prefix = (match.node.name or match.output.name or "linear").removesuffix("/MatMul").removesuffix("/Gemm")
     build = Builder(anchor, prefix)
     weight = match.weight_value or build.constant("weight", match.weight)
     bias = match.bias_value or build.constant("bias", match.bias)
-    product = build.op("MatMul", [match.x, weight])
+    product = build.op("MatMul", [x, weight])
     new = build.op("Add", [product, bias])
-    x_dims = dims_of(match.x)
+    x_dims = dims_of(x)
     if x_dims is not None:
         product.shape = ir.Shape([*x_dims[:-1], match.weight.shape[1]])
         new.shape = ir.Shape([*x_dims[:-1], match.weight.shape[1]])
     product.dtype = new.dtype = ir.DataType.FLOAT
     if match.residual is not None:
-        residual = match.residual
+        residual = replaced.get(match.residual, match.residual)
         if match.residual_scale != 1.0:
             residual = build.op("Mul", [residual, build.constant("beta", np.array(match.residual_scale, np.float32))])
         new = build.op("Add", [new, residual], name="Add_residual")
     replace_value(match.output, new)
     logger.debug("rewrote %s", prefix)
-    return True
+    return new
 
 
 def _unwrap(node: ir.Node) -> bool:

@@ -30,10 +30,6 @@ class AttentionMatch:
     """One Attention node that can be decomposed. `heads` is None if the inputs are 4-D already."""
 
     node: ir.Node
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    mask: ir.Value | None
     heads: int | None
     scale: float
 
@@ -109,7 +105,7 @@ def _match(node: ir.Node) -> AttentionMatch:
         if width is None:
             raise _refuse(node, "has no scale and q's head size is unknown")
         scale = 1 / math.sqrt(width // (parted or 1))
-    return AttentionMatch(node, q, k, v, mask, parted, scale)
+    return AttentionMatch(node, parted, scale)
 
 
 def _head_counts(node: ir.Node, q: ir.Value, k: ir.Value) -> tuple[int | str | None, int | str | None]:
@@ -140,18 +136,22 @@ def _replace(match: AttentionMatch) -> None:
     build = Builder(
         match.node, (match.node.name or match.node.outputs[0].name or "attention").removesuffix("/Attention")
     )
-    q = _part_heads(build, "q", match.q, match.heads, (0, 2, 1, 3))
-    k = _part_heads(build, "k", match.k, match.heads, (0, 2, 3, 1))
-    v = _part_heads(build, "v", match.v, match.heads, (0, 2, 1, 3))
+    # The node is asked again: an Attention replaced before may have made these values.
+    q, k, v = match.node.inputs[:3]
+    mask = match.node.inputs[3] if len(match.node.inputs) > 3 else None
+    assert q is not None and k is not None and v is not None
+    q = _part_heads(build, "q", q, match.heads, (0, 2, 1, 3))
+    k = _part_heads(build, "k", k, match.heads, (0, 2, 3, 1))
+    v = _part_heads(build, "v", v, match.heads, (0, 2, 1, 3))
     if match.heads is None:
         k = build.op("Transpose", [k], {"perm": [0, 1, 3, 2]}, name="k_transpose")
     scaled = build.op("Mul", [q, build.constant("scale", np.array(match.scale, np.float32))], name="q_scaled")
     scores = build.op("MatMul", [scaled, k], name="scores")
-    if match.mask is not None and match.mask.dtype is ir.DataType.BOOL:
+    if mask is not None and mask.dtype is ir.DataType.BOOL:
         masked = build.constant("masked", np.array(_MASKED, np.float32))
-        scores = build.op("Where", [match.mask, scores, masked], name="scores_masked")
-    elif match.mask is not None:
-        scores = build.op("Add", [scores, match.mask], name="scores_masked")
+        scores = build.op("Where", [mask, scores, masked], name="scores_masked")
+    elif mask is not None:
+        scores = build.op("Add", [scores, mask], name="scores_masked")
     probabilities = build.op("Softmax", [scores], {"axis": -1}, name="probabilities")
     result = build.op("MatMul", [probabilities, v], name="context")
     if match.heads is not None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from mptqc.graph.edit import constant_of, is_op, producer, replace_value, scalar_of
+from mptqc.graph.edit import constant_of, is_op, producer, remove_dead, replace_value, scalar_of
 from mptqc.graph.shapes import dims_of, equal_when_sizes_match
 from mptqc.passes.base import Pass, PassResult
 
@@ -47,7 +47,8 @@ class EliminateIdentity(Pass):
             model.graph.remove(node, safe=True)
             logger.debug("removed %s %s", node.op_type, node.name)
             edits += 1
-        _remove_unread_reshapes(model)
+        if edits:
+            remove_dead(model)
         return PassResult(model, edits)
 
 
@@ -81,10 +82,3 @@ def _shadows_reshape(node: ir.Node) -> bool:
         return False
     target = constant_of(node.inputs[1])
     return target is not None and 0 not in target.tolist()
-
-
-def _remove_unread_reshapes(model: ir.Model) -> None:
-    for node in reversed(list(model.graph)):
-        output = node.outputs[0] if node.outputs else None
-        if is_op(node, "Reshape") and output is not None and not output.uses() and not output.is_graph_output():
-            model.graph.remove(node, safe=True)

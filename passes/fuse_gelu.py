@@ -59,14 +59,18 @@ class FuseGelu(Pass):
         """Find all, then replace all."""
         half = model.metadata_props.get(SOURCE_PRECISION_KEY) in ("float16", "bfloat16")
         matches = list(find_gelus(model.graph, HALF_CONSTANT_TOLERANCE if half else CONSTANT_TOLERANCE))
+        replaced: dict[ir.Value, ir.Value] = {}
         for match in matches:
             anchor = match.output.producer()
             assert anchor is not None
             prefix = (anchor.name or "").rpartition("/")[0] or match.output.name or "gelu"
-            new = Builder(anchor, prefix).op("Gelu", [match.x], {"approximate": match.approximate})
+            x = replaced.get(match.x, match.x)
+            new = Builder(anchor, prefix).op("Gelu", [x], {"approximate": match.approximate})
             replace_value(match.output, new)
+            replaced[match.output] = new
             logger.debug("fused %s", prefix)
-        remove_dead(model)
+        if matches:
+            remove_dead(model)
         return PassResult(model, len(matches))
 
 

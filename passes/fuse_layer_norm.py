@@ -65,11 +65,13 @@ class FuseLayerNorm(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Find the decomposed norms, replace them; then complete the LayerNormalization nodes there are."""
         matches = list(find_layer_norms(model.graph))
+        replaced: dict[ir.Value, ir.Value] = {}
         for match in matches:
-            _replace(match)
+            replaced[match.output] = _replace(match, replaced.get(match.x, match.x))
         whole = [node for node in model.graph if is_op(node, "LayerNormalization")]
         edits = len(matches) + sum(_complete(model.graph, node) for node in whole)
-        remove_dead(model)
+        if edits:
+            remove_dead(model)
         return PassResult(model, edits)
 
 
@@ -86,7 +88,7 @@ def find_layer_norms(graph: ir.Graph) -> Iterator[LayerNormMatch]:
             yield match
 
 
-def _replace(match: LayerNormMatch) -> None:
+def _replace(match: LayerNormMatch, x: ir.Value) -> ir.Value:
     anchor = match.output.producer()
     assert anchor is not None
     prefix = (anchor.name or match.output.name or "norm").rpartition("/")[0] or match.output.name or "norm"
@@ -94,9 +96,10 @@ def _replace(match: LayerNormMatch) -> None:
     gamma = build.constant("gamma", match.gamma)
     beta = build.constant("beta", match.beta)
     attributes = {"axis": -1, "epsilon": match.epsilon}
-    new = build.op("LayerNormalization", [match.x, gamma, beta], attributes)
+    new = build.op("LayerNormalization", [x, gamma, beta], attributes)
     replace_value(match.output, new)
     logger.debug("fused %s", prefix)
+    return new
 
 
 def _complete(graph: ir.Graph, node: ir.Node) -> bool:

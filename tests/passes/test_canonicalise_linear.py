@@ -1,0 +1,200 @@
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mptqc.passes.base import STAGE_KEY, Stage, StageError
+from mptqc.passes.canonicalise_linear import CanonicaliseLinear, find_linears
+
+# Sums of three products in another order: three roundings of 2⁻²⁴ and one of the bias.
+TOLERANCE = 4 * 2**-24
+
+CONSTANTS = (
+    "float[3,2] W = {1,-2,3,4.5,-5,6}, float[2,3] Wt = {1,3,-5,-2,4.5,6}, float[2] b = {0.5,-1}, float one_bias = {2}, "
+    "int64[2] joined = {-1,3}, int64[3] parted = {-1,4,2}, int64[3] wrong = {-1,2,2}"
+)
+CUBE = "g (float[n,4,3] x) => (float[n,4,2] y)"
+ROWS = "g (float[n,3] x) => (float[n,2] y)"
+
+FORMS = {
+    "gemm": (ROWS, "y = Gemm(x, W, b)"),
+    "gemm_transposed": (ROWS, "y = Gemm<transB=1>(x, Wt, b)"),
+    "gemm_scaled": (ROWS, "y = Gemm<alpha=0.5, beta=2.0>(x, W, b)"),
+    "gemm_no_bias": (ROWS, "y = Gemm(x, W)"),
+    "gemm_one_bias": (ROWS, "y = Gemm(x, W, one_bias)"),
+    "matmul": (CUBE, "y = MatMul(x, W)"),
+    "matmul_add": (CUBE, "p = MatMul(x, W) y = Add(p, b)"),
+    "add_matmul": (CUBE, "p = MatMul(x, W) y = Add(b, p)"),
+    "scalar_bias": (CUBE, "p = MatMul(x, W) y = Add(p, one_bias)"),
+    "transposed_constant": (CUBE, "T = Transpose<perm=[1,0]>(Wt) p = MatMul(x, T) y = Add(p, b)"),
+    "sandwich_gemm": (CUBE, "r = Reshape(x, joined) p = Gemm(r, W, b) y = Reshape(p, parted)"),
+    "sandwich_matmul": (CUBE, "r = Reshape(x, joined) p = MatMul(r, W) q = Add(p, b) y = Reshape(q, parted)"),
+}
+
+
+def graph(header: str, body: str) -> str:
+    return f"{header} <{CONSTANTS}> {{ {body} }}"
+
+
+def sample(model: ir.Model) -> dict[str, np.ndarray]:
+    shape = [2 if not isinstance(dim, int) else dim for dim in model.graph.inputs[0].shape]
+    return {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_becomes_matmul_and_add(parse, run_model, name):
+    before, model = parse(graph(*FORMS[name])), parse(graph(*FORMS[name]))
+    CanonicaliseLinear()(model)
+    product, add = model.graph
+    assert (product.op_type, add.op_type) == ("MatMul", "Add")
+    assert product.inputs[0] is model.graph.inputs[0]
+    assert add.inputs[0] is product.outputs[0]
+    assert (product.inputs[1].shape, add.inputs[1].shape) == ((3, 2), (2,))
+    (wanted,), (got,) = run_model(before, sample(model)), run_model(model, sample(model))
+    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+def test_golden(parse, as_text):
+    model = parse(graph(CUBE, "r = Reshape(x, joined) p = Gemm<transB=1>(r, Wt) y = Reshape(p, parted)"))
+    CanonicaliseLinear()(model)
+    assert as_text(model) == GOLDEN
+
+
+def test_edits_are_counted(parse):
+    model = parse(graph(*FORMS["sandwich_gemm"]))
+    assert CanonicaliseLinear()(model).edits == 2
+    assert CanonicaliseLinear()(model).edits == 0
+
+
+def test_canonical_form_is_left_alone(parse):
+    model = parse(graph(*FORMS["matmul_add"]))
+    text = ir.to_onnx_text(model)
+    assert CanonicaliseLinear()(model).edits == 0
+    assert ir.to_onnx_text(model) == text
+
+
+def test_linear_after_linear(parse, run_model):
+    body = "z = Gemm(x, W, b) y = Gemm<transB=1>(z, V)"
+    text = graph(ROWS, body).replace("int64[2] joined", "float[2,2] V = {1,2,3,4}, int64[2] joined")
+    before, model = parse(text), parse(text)
+    CanonicaliseLinear()(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add", "MatMul", "Add"]
+    (wanted,), (got,) = run_model(before, sample(model)), run_model(model, sample(model))
+    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+def test_product_read_twice_gets_a_zero_bias(parse, run_model):
+    body = "p = MatMul(x, W) q = Add(p, b) y = Mul(p, q)"
+    before, model = parse(graph(CUBE, body)), parse(graph(CUBE, body))
+    assert CanonicaliseLinear()(model).edits == 1
+    (match,) = find_linears(model.graph)
+    assert not match.bias.any()
+    (wanted,), (got,) = run_model(before, sample(model)), run_model(model, sample(model))
+    assert np.array_equal(got, wanted)
+
+
+def test_product_that_is_a_graph_output(parse):
+    model = parse(graph("g (float[n,4,3] x) => (float[n,4,2] y, float[n,4,2] p)", "p = MatMul(x, W) y = Add(p, b)"))
+    CanonicaliseLinear()(model)
+    assert [output.name for output in model.graph.outputs] == ["y", "p"]
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add", "Add"]
+
+
+def test_position_table_is_no_bias(parse):
+    text = graph(CUBE, "p = MatMul(x, W) y = Add(p, table)").replace(
+        "int64[2] joined", "float[4,2] table = {1,2,3,4,5,6,7,8}, int64[2] joined"
+    )
+    model = parse(text)
+    CanonicaliseLinear()(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add", "Add"]
+    (match,) = find_linears(model.graph)
+    assert not match.bias.any()
+
+
+def test_residual_of_a_gemm_is_added_after(parse, run_model):
+    header = "g (float[n,3] x, float[n,2] r) => (float[n,2] y)"
+    before, model = (
+        parse(graph(header, "y = Gemm<beta=3.0>(x, W, r)")),
+        parse(graph(header, "y = Gemm<beta=3.0>(x, W, r)")),
+    )
+    CanonicaliseLinear()(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add", "Mul", "Add"]
+    feeds = {**sample(model), "r": np.full((2, 2), 0.25, np.float32)}
+    (wanted,), (got,) = run_model(before, feeds), run_model(model, feeds)
+    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+def test_shared_weight_is_kept_for_both(parse):
+    model = parse(graph(CUBE, "p = MatMul(x, W) q = MatMul(x, W) y = Add(p, q)"))
+    CanonicaliseLinear()(model)
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert products[0].inputs[1] is products[1].inputs[1] is model.graph.initializers["W"]
+
+
+NEGATIVES = {
+    "computed_operand": ("g (float[n,4,3] x, float[3,2] w) => (float[n,4,2] y)", "y = MatMul(x, w)"),
+    "constant_on_the_left": ("g (float[2,3,5] x) => (float[2,2,5] y)", "y = MatMul(Wt, x)"),
+    "transposed_input": ("g (float[3,5] x) => (float[5,2] y)", "y = Gemm<transA=1>(x, W, b)"),
+    "stacked_matrices": ("g (float[n,3] x) => (float[2,n,2] y)", "y = MatMul(x, stack)"),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_no_linear_is_left_alone(parse, name):
+    header, body = NEGATIVES[name]
+    model = parse(
+        graph(header, body).replace("int64[2] j", "float[2,3,2] stack = {1,2,3,4,5,6,7,8,9,1,2,3}, int64[2] j")
+    )
+    text = ir.to_onnx_text(model)
+    assert CanonicaliseLinear()(model).edits == 0
+    assert ir.to_onnx_text(model) == text
+
+
+UNPROVED = {
+    "other_rows": ("g (float[n,4,3] x) => (float[m,2,2] y)", "Reshape(q, wrong)"),
+    "two_unknown_axes": ("g (float[n,t,3] x) => (float[u,v,2] y)", "Reshape(q, shape)"),
+}
+
+
+@pytest.mark.parametrize("name", UNPROVED)
+def test_unproved_sandwich_stays(parse, name):
+    header, outer = UNPROVED[name]
+    if "shape" in outer:
+        header = header.replace(" x)", " x, int64[3] shape)")
+    model = parse(graph(header, f"r = Reshape(x, joined) p = MatMul(r, W) q = Add(p, b) y = {outer}"))
+    text = ir.to_onnx_text(model)
+    assert CanonicaliseLinear()(model).edits == 0
+    assert ir.to_onnx_text(model) == text
+
+
+def test_sandwich_read_inside_stays(parse):
+    header = "g (float[n,4,3] x) => (float[n,4,2] y, float[m,2] q)"
+    model = parse(graph(header, "r = Reshape(x, joined) p = MatMul(r, W) q = Add(p, b) y = Reshape(q, parted)"))
+    assert CanonicaliseLinear()(model).edits == 0
+
+
+def test_named_batch_axes_agree(parse):
+    header = "g (float[n,t,3] x, int64[3] shape) => (float[n,t,2] y)"
+    model = parse(graph(header, "r = Reshape(x, joined) p = MatMul(r, W) q = Add(p, b) y = Reshape(q, shape)"))
+    assert CanonicaliseLinear()(model).edits == 1
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add"]
+
+
+def test_wrong_stage_raises(parse):
+    model = parse(graph(*FORMS["gemm"]))
+    model.metadata_props[STAGE_KEY] = Stage.QUANTIZED
+    with pytest.raises(StageError, match="canonicalise-linear"):
+        CanonicaliseLinear()(model)
+
+
+GOLDEN = """\
+<
+   ir_version: 10,
+   opset_import: ["" : 21]
+>
+g (float[n,4,3] x) => (float[n,4,2] y)
+   <float[3,2] "p/weight" =  {1,-2,3,4.5,-5,6}, float[2] "p/bias" =  {0,0}, float[3,2] "p/weight", float[2] "p/bias", float[n,4,2] "p/MatMul_output">
+{
+   ["p/MatMul"] "p/MatMul_output" = MatMul (x, "p/weight")
+   ["p/Add"] y = Add ("p/MatMul_output", "p/bias")
+}
+"""  # noqa: E501 - a line of the printer
