@@ -1,0 +1,1 @@
+"""Everything that runs a model: sessions with pinned options, evaluation, benchmarks."""

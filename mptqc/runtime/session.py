@@ -1,0 +1,232 @@
+"""The only maker of onnxruntime.InferenceSession: pinned options, checked providers.
+
+Every option that can change a number is set here, and `options_as_text` lists them for `mptqc --verbose`.
+"""
+
+import contextlib
+import ctypes
+import io
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import onnxruntime as ort
+
+from mptqc.errors import ModelError, ProviderError
+
+Session = ort.InferenceSession  # noqa: TID251 - made here only; other modules import this name for their types
+
+logger = logging.getLogger(__name__)
+
+PROVIDERS: Mapping[str, str] = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
+
+CONFIG_ENTRIES: Mapping[str, str] = MappingProxyType(
+    {
+        # By default (4) ONNX Runtime fuses a weight-only DequantizeLinear → MatMul into MatMulNBits and then quantizes
+        # the float activations again: a silent relative error of 4e-3 to 2e-2.
+        "session.qdq_matmulnbits_accuracy_level": "0",
+        # Masks of −100 make denormals in softmax, which run 20 to 60 times slower. In ONNX Runtime this counts for the
+        # first session of the process only, and then for its calling thread too.
+        "session.set_denormal_as_zero": "1",
+        # Threads of an idle session would otherwise spin and steal time from the next one.
+        "session.force_spinning_stop": "1",
+        # session.qdqisint8allowed stays unset: on x86 only uint8 × int8 products reach the integer hardware.
+    }
+)
+
+CUDA_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "use_tf32": "0",  # TF32 keeps 10 bits of the mantissa: a float reference has to be float32
+        "cudnn_conv_algo_search": "HEURISTIC",  # the default times the algorithms and may pick another one each time
+    }
+)
+
+ERROR_SEVERITY = 3
+FATAL_SEVERITY = 4
+MAX_PROTOBUF_BYTES = 2**31 - 1
+_ORT_ERROR_MODULE = "onnxruntime.capi.onnxruntime_pybind11_state"  # its exceptions share no base class but Exception
+
+
+def create_session(
+    model: bytes | str | Path,
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
+    graph_optimization: bool = True,
+    optimized_path: Path | None = None,
+) -> Session:
+    """Make a session whose numbers depend on nothing but the model, its inputs and the named provider.
+
+    Args:
+        model: an ONNX file's path, or its bytes (under 2 GB, without external data).
+        provider: "cpu" or "cuda"; the session never falls back from one to the other.
+        threads: threads inside an operator; 0 lets ONNX Runtime take every core.
+        graph_optimization: False runs the graph exactly as it is written.
+        optimized_path: where ONNX Runtime writes the graph it really runs; its weights go to a file beside it.
+
+    Raises:
+        ProviderError: the provider is unknown or cannot start here.
+        ModelError: the model is missing, truncated, not ONNX, or ONNX Runtime cannot run it.
+    """
+    check_provider(provider)
+    if threads < 0:
+        raise ProviderError(f"threads is {threads}; give 0 (every core) or a positive number.")
+    source, described = _model_source(model)
+    options = _session_options(threads, graph_optimization, optimized_path)
+    if provider == "cuda":
+        session = _create_cuda(source, described, options)
+    else:
+        session = _create(source, described, options, [PROVIDERS["cpu"]])
+    if PROVIDERS[provider] not in session.get_providers():
+        raise ProviderError(_not_started(provider))
+    logger.debug("session of %s: %s", described, options_as_text(provider=provider, threads=threads))
+    return session
+
+
+def session(path: str | Path, *, provider: str = "cpu", threads: int = 0) -> Session:
+    """Open a compiled model with the options that mptqc measures and verifies it with."""
+    return create_session(path, provider=provider, threads=threads)
+
+
+def check_provider(provider: str) -> None:
+    """Raise ProviderError unless `provider` is a name that mptqc runs models on ("cpu", "cuda")."""
+    if provider in PROVIDERS:
+        return
+    if provider == "tensorrt":
+        raise ProviderError(
+            "provider 'tensorrt' is refused: TensorRT rebuilds quantized graphs by rules of its own, so what mptqc "
+            "verified would not be what runs. Use one of: cpu, cuda."
+        )
+    raise ProviderError(f"unknown provider {provider!r}. Known providers: {', '.join(PROVIDERS)}.")
+
+
+def options_as_text(*, provider: str = "cpu", threads: int = 0, graph_optimization: bool = True) -> str:
+    """List every pinned session option as `name=value`, separated by commas."""
+    pairs = {
+        "onnxruntime": ort.__version__,
+        "provider": PROVIDERS.get(provider, provider),
+        "intra_op_num_threads": str(threads),
+        "inter_op_num_threads": "1",
+        "graph_optimization_level": "all" if graph_optimization else "none",
+        "use_deterministic_compute": "1",
+        **CONFIG_ENTRIES,
+        **(CUDA_OPTIONS if provider == "cuda" else {}),
+    }
+    return ", ".join(f"{name}={value}" for name, value in pairs.items())
+
+
+def _session_options(threads: int, graph_optimization: bool, optimized_path: Path | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = ERROR_SEVERITY
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.use_deterministic_compute = True
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if graph_optimization else level.ORT_DISABLE_ALL
+    for key, value in CONFIG_ENTRIES.items():
+        options.add_session_config_entry(key, value)
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{optimized_path.name}.data"
+        )
+    return options
+
+
+def _model_source(model: bytes | str | Path) -> tuple[bytes | str, str]:
+    """Return what ONNX Runtime is given, and how a message names it."""
+    if isinstance(model, bytes):
+        if len(model) > MAX_PROTOBUF_BYTES:
+            raise ModelError(
+                f"a model of {len(model)} bytes in memory is over protobuf's limit of 2 GB; save it with external data "
+                "and give the path."
+            )
+        if not model:
+            raise ModelError("the model in memory is empty (0 bytes).")
+        return model, "the model in memory"
+    path = Path(model)
+    if not path.is_file():
+        kind = "is a folder, not an ONNX file" if path.is_dir() else "does not exist"
+        raise ModelError(f"{path} {kind}; give the path of an .onnx file.")
+    if path.stat().st_size == 0:
+        raise ModelError(f"{path} is empty (0 bytes); it is not an ONNX file.")
+    return str(path), str(path)
+
+
+def _create(
+    source: bytes | str,
+    described: str,
+    options: ort.SessionOptions,
+    providers: list[str | tuple[str, dict[str, str]]],
+) -> Session:
+    try:
+        # enable_fallback=0: without it a provider that fails to start is replaced by another one with a mere print.
+        return Session(source, options, providers=providers, enable_fallback=0)
+    except Exception as error:
+        if type(error).__module__ != _ORT_ERROR_MODULE:
+            raise
+        raise ModelError(_load_failure(described, error)) from error
+
+
+def _load_failure(described: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "INVALID_PROTOBUF" in text or "No graph was found" in text:
+        return f"{described} is not an ONNX model, or it is truncated: ONNX Runtime cannot parse it ({text})."
+    return f"ONNX Runtime {ort.__version__} cannot load {described}: {text}"
+
+
+def _create_cuda(source: bytes | str, described: str, options: ort.SessionOptions) -> Session:
+    """Start CUDA quietly: what ONNX Runtime would log on failure is told by the ProviderError instead."""
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise ProviderError(_not_started("cuda"))
+    _preload_cuda_libraries()
+    ort.set_default_logger_severity(FATAL_SEVERITY)
+    try:
+        # The CPU provider stays second: shape operators have no CUDA kernel.
+        return _create(source, described, options, [(PROVIDERS["cuda"], dict(CUDA_OPTIONS)), PROVIDERS["cpu"]])
+    except RuntimeError as error:
+        raise ProviderError(f"{_not_started('cuda')} ONNX Runtime says: {' '.join(str(error).split())}") from error
+    finally:
+        ort.set_default_logger_severity(ERROR_SEVERITY)
+
+
+def _preload_cuda_libraries() -> None:
+    """Load CUDA and cuDNN from the nvidia wheels, if they are installed; ONNX Runtime prints what it misses."""
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is None:
+        return
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        preload()
+    for line in printed.getvalue().splitlines():
+        logger.debug("preload_dlls: %s", line)
+
+
+def _not_started(provider: str) -> str:
+    available = ", ".join(ort.get_available_providers())
+    name = PROVIDERS[provider]
+    if name not in ort.get_available_providers():
+        return (
+            f"provider {provider!r} was asked for, but the installed onnxruntime {ort.__version__} is built without "
+            f"{name} (it has: {available}). Install onnxruntime-gpu in place of onnxruntime, or use --provider cpu."
+        )
+    return (
+        f"provider {provider!r} was asked for, but {name} does not start on this machine{_missing_cuda_library()}. "
+        "It needs an NVIDIA GPU with its driver, and CUDA and cuDNN of the version that onnxruntime-gpu was built "
+        "with: pip install 'onnxruntime-gpu[cuda,cudnn]'. Or use --provider cpu."
+    )
+
+
+def _missing_cuda_library() -> str:
+    """Name the shared library that keeps the CUDA provider from loading, as ": NAME ..." or an empty string."""
+    if not sys.platform.startswith("linux"):
+        return ""
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return f": {error}"
+    return ""
