@@ -38,7 +38,11 @@ class Schedule:
     label_smoothing: float = 0.1
 
 
-SCHEDULES = {"vit": Schedule(epochs=28), "deit": Schedule(epochs=12), "swin": Schedule(epochs=10)}
+SCHEDULES = {
+    "vit": Schedule(epochs=28),
+    "deit": Schedule(epochs=16, learning_rate=1.5e-3),
+    "swin": Schedule(epochs=7, learning_rate=1.5e-3),
+}
 
 
 def read_split(folder: Path, stem: str) -> Split:

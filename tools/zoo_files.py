@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mptqc.export.onnx_writer import OnnxForm, export_module
+from mptqc.export.preprocessing import PREPROCESS_KEY
 from mptqc.runtime.session import create_session
 
 CALIBRATION_COUNT, TEST_COUNT = 512, 2000
 MAX_MODEL_BYTES = 4_000_000
-PREPROCESS_KEY = "mptqc.preprocess"
 EVALUATION_BATCH = 250
 # Different exporters and opsets on purpose: the tests that compile the zoo then read both kinds of graph.
 FORMS: Mapping[str, OnnxForm] = {

@@ -157,7 +157,7 @@ class SwinTransformer(nn.Module):
     """A two-stage Swin: windows of 7×7 on a 14×14 grid (every second block shifted), merging, then one 7×7 window."""
 
     def __init__(
-        self, *, patch: int = 2, width: int = 64, depths: tuple[int, int] = (2, 2), heads: int = 2, ratio: int = 4
+        self, *, patch: int = 2, width: int = 48, depths: tuple[int, int] = (2, 2), heads: int = 2, ratio: int = 4
     ) -> None:
         super().__init__()
         window = 7
@@ -188,7 +188,7 @@ def build(name: str) -> nn.Module:
     if name == "vit":
         return VisionTransformer(patch=7, width=128, depth=4, heads=4)
     if name == "deit":
-        return VisionTransformer(patch=4, width=96, depth=4, heads=3, distilled=True)
+        return VisionTransformer(patch=7, width=128, depth=4, heads=4, distilled=True)
     if name == "swin":
         return SwinTransformer()
     raise ValueError(f"unknown zoo model {name!r}; known: vit, deit, swin")

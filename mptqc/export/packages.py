@@ -41,6 +41,16 @@ def import_timm() -> ModuleType:
     return _required("timm")
 
 
+def import_transformers() -> ModuleType:
+    """Return the transformers package, also beside a torchvision that does not fit the installed torch.
+
+    Raises:
+        ModelError: torch or transformers is not installed or does not import here.
+    """
+    _declare_torchvision_operators(import_torch())
+    return _required("transformers", "install it with: pip install transformers")
+
+
 def stay_offline_without_a_hub() -> None:
     """Let huggingface_hub use its cache only, when its server's name does not resolve: else it retries for a minute.
 
@@ -56,15 +66,15 @@ def stay_offline_without_a_hub() -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _required(name: str) -> ModuleType:
+def _required(name: str, hint: str = INSTALL_HINT) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModelError(f"exporting needs {error.name or name}, which is not installed; {INSTALL_HINT}.") from error
+        raise ModelError(f"exporting needs {error.name or name}, which is not installed; {hint}.") from error
     except (ImportError, RuntimeError, OSError) as error:
         raise ModelError(
             f"exporting needs {name}, but it does not import here ({error}). Its version may not fit the installed "
-            f"torch; {INSTALL_HINT}."
+            f"torch; {hint}."
         ) from error
 
 

@@ -3,7 +3,6 @@
 import difflib
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mptqc.errors import ModelError
 from mptqc.export.onnx_writer import Exporter, OnnxForm, export_module
 from mptqc.export.packages import import_timm, import_torch, stay_offline_without_a_hub
+from mptqc.export.preprocessing import PREPROCESS_KEY, of_timm
 from mptqc.export.random_weights import randomise_constant_parameters
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREPROCESS_KEY = "mptqc.preprocess"
 SUPPORTED_FAMILIES = ("vit_", "deit_", "deit3_", "swin_")
 EXAMPLES = ("vit_small_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
 MAX_SUGGESTIONS = 5
@@ -69,26 +68,8 @@ def export_timm(
     if image_size is not None:
         _check_image_size(model, name, image_size)
         height = width = image_size
-    preprocessing = preprocessing_of(config, (height, width))
+    preprocessing = of_timm(config, (height, width))
     export_module(model, (channels, height, width), output, form, {PREPROCESS_KEY: json.dumps(preprocessing)})
-
-
-def preprocessing_of(config: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, object]:
-    """Translate timm's `pretrained_cfg` for inputs of `image_size` (height, width) into mptqc's preprocessing fields.
-
-    timm resizes the shorter side to size / crop_pct, then crops the centre; in its "squash" mode it resizes both sides.
-    """
-    squash = config.get("crop_mode") == "squash"
-    shorter = math.floor(min(image_size) / float(config.get("crop_pct") or 1.0))
-    return {
-        "image_size": list(image_size),
-        "resize": None if squash else shorter,
-        "crop": "none" if squash else "center",
-        "interpolation": config.get("interpolation") or "bicubic",
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-        "scale": 1 / 255,
-    }
 
 
 def _check_name(timm: ModuleType, name: str) -> None:

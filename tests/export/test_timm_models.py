@@ -14,7 +14,6 @@ timm = import_timm()
 
 from mptqc.errors import ModelError  # noqa: E402 - after importorskip
 from mptqc.export import export_timm  # noqa: E402
-from mptqc.export.timm_models import preprocessing_of  # noqa: E402
 from mptqc.runtime.session import create_session  # noqa: E402
 
 SIZE = 32  # four patches of 16: the graph of the full model, a fraction of its time
@@ -85,12 +84,6 @@ def test_preprocessing_is_in_the_file(tmp_path: Path) -> None:
         "std": [0.5, 0.5, 0.5],
         "scale": 1 / 255,
     }
-
-
-def test_squash_resizes_both_sides() -> None:
-    config = {"crop_mode": "squash", "crop_pct": 0.9, "interpolation": "bilinear", "mean": (0.5,), "std": (0.5,)}
-    fields = preprocessing_of(config, (28, 28))
-    assert (fields["resize"], fields["crop"], fields["interpolation"]) == (None, "none", "bilinear")
 
 
 def test_weights_that_cannot_be_had_name_the_random_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

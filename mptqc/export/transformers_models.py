@@ -1,0 +1,149 @@
+"""Export a transformers image classifier, from a local folder or the hub, with its preprocessing in the file."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+from mptqc.errors import ModelError
+from mptqc.export.onnx_writer import Exporter, OnnxForm, export_module
+from mptqc.export.packages import import_torch, import_transformers, stay_offline_without_a_hub
+from mptqc.export.preprocessing import PREPROCESS_KEY, of_transformers
+from mptqc.export.random_weights import randomise_constant_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# The model type in config.json → the class that classifies with it.
+CLASSIFIERS: Mapping[str, str] = {
+    "vit": "ViTForImageClassification",
+    "deit": "DeiTForImageClassificationWithTeacher",
+    "swin": "SwinForImageClassification",
+}
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+def export_transformers(
+    name: str,
+    output: Path,
+    *,
+    pretrained: bool,
+    opset: int | None = None,
+    exporter: Exporter = "dynamo",
+    batch: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write the transformers model `name` to `output` as float32 ONNX: `images` [N, C, H, W] → `logits` [N, classes].
+
+    The file carries its preprocessing, read from preprocessor_config.json, in the metadata entry `mptqc.preprocess`.
+
+    Args:
+        name: a folder with config.json (as `save_pretrained` writes it), or a hub name such as
+            google/vit-base-patch16-224; the model type has to be vit, deit or swin.
+        output: the ONNX file; it is written beside and renamed, so it never holds half a model.
+        pretrained: the saved weights; False builds the config with seeded random ones (structure only).
+        opset: ONNX opset; None: 20 for dynamo, 17 for torchscript.
+        exporter: "dynamo" or "torchscript".
+        batch: a fixed batch size; None: dynamic.
+        seed: of the random weights.
+
+    Raises:
+        ModelError: config or weights that cannot be had, another kind of model, missing packages, a failed export.
+        OutputError: `output` cannot be written.
+    """
+    form = OnnxForm(exporter=exporter, opset=opset, batch=batch)
+    stay_offline_without_a_hub()
+    transformers = import_transformers()
+    config = _configuration(transformers, name)
+    model = _create(transformers, name, config, pretrained=pretrained, seed=seed)
+    height, width = _pair(config.image_size)
+    metadata = {}
+    fields = _preprocessor_fields(name)
+    if fields is None:
+        logger.warning("%s has no %s: the file will carry no preprocessing", name, PREPROCESSOR_FILE)
+    else:
+        metadata[PREPROCESS_KEY] = json.dumps(of_transformers(fields, (height, width)))
+    export_module(_logits_only(model), (config.num_channels, height, width), output, form, metadata)
+
+
+def _configuration(transformers: ModuleType, name: str) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the transformers configuration of {name!r} cannot be had: {' '.join(str(error).split())} Give a folder "
+            "with config.json, or a hub name where huggingface.co can be reached."
+        ) from error
+    if config.model_type not in CLASSIFIERS:
+        raise ModelError(
+            f"{name!r} is a transformers model of type {config.model_type!r}; mptqc exports the types "
+            f"{', '.join(CLASSIFIERS)}."
+        )
+    return config
+
+
+def _create(
+    transformers: ModuleType,
+    name: str,
+    config: Any,
+    *,
+    pretrained: bool,
+    seed: int,
+) -> "nn.Module":
+    torch = import_torch()
+    classifier = getattr(transformers, CLASSIFIERS[config.model_type])
+    config._attn_implementation = "eager"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if pretrained:
+                return cast("nn.Module", classifier.from_pretrained(name, config=config))
+            model = cast("nn.Module", classifier(config))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights of {name!r} cannot be had: {' '.join(str(error).split())} --random exports the model's "
+            "structure with random weights."
+        ) from error
+    changed = randomise_constant_parameters(model, seed)
+    logger.info("%s has random weights (seed %d, %d constant parameters randomised)", name, seed, changed)
+    return model
+
+
+def _logits_only(model: "nn.Module") -> "nn.Module":
+    torch = import_torch()
+
+    class LogitsOnly(torch.nn.Module):  # type: ignore[name-defined,misc]  # torch is imported by name
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: object) -> object:
+            return self.model(pixel_values=images).logits
+
+    return cast("nn.Module", LogitsOnly())
+
+
+def _preprocessor_fields(name: str) -> Mapping[str, Any] | None:
+    from huggingface_hub import hf_hub_download  # it comes with transformers
+    from huggingface_hub.errors import EntryNotFoundError
+
+    file = Path(name) / PREPROCESSOR_FILE
+    if not Path(name).is_dir():
+        try:
+            file = Path(hf_hub_download(name, PREPROCESSOR_FILE))
+        except EntryNotFoundError:
+            return None
+    if not file.is_file():
+        return None
+    return cast("Mapping[str, Any]", json.loads(file.read_text(encoding="utf-8")))
+
+
+def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
