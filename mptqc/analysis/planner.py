@@ -1,0 +1,166 @@
+"""From observations to a plan: first the folds, then, on the folded model, every quantizer."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mptqc.analysis.observe import Observations, Progress, observe, origin
+from mptqc.analysis.ranges import search_attention, search_linear_input
+from mptqc.analysis.smoothing import plan_attention, plan_norm
+from mptqc.analysis.weights import search_weight_scale, second_moment
+from mptqc.data.samples import Samples
+from mptqc.errors import RefusalError
+from mptqc.graph.blocks import Projections, attention_projections, norm_readers
+from mptqc.graph.edit import is_op
+from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms
+from mptqc.plan import (
+    ActivationQuantizer,
+    AttentionFold,
+    AttentionPlan,
+    LayerPlan,
+    NormFold,
+    QuantPlan,
+    Refusal,
+)
+from mptqc.recipe import RangeMethod, Recipe
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def plan_folds(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPlan, report: Progress) -> QuantPlan:
+    """Add SQ-b and the attention folds to the plan, as far as its recipe asks for them.
+
+    A norm or attention whose readers cannot be compensated is left alone and named in `plan.refusals`.
+    """
+    recipe = plan.recipe
+    refusals = list(plan.refusals)
+    norms = _foldable_norms(model, shapes, refusals) if recipe.smoothing else []
+    attentions = _foldable_attentions(model, shapes, refusals) if recipe.attention_folds else []
+    if not norms and not attentions:
+        return plan.model_copy(update={"refusals": tuple(refusals)})
+    values = [norm.output for norm, _ in norms]
+    for _, around in attentions:
+        values += [around.q.output, around.k.output, around.v.output, around.proj.input]
+    seen = observe(model, samples, values, [attention for attention, _ in attentions], shapes, recipe.seed, report)
+    arrays: dict[str, NDArray[np.generic]] = {}
+    norm_folds, attention_folds = [], []
+    for done, (norm, linears) in enumerate(norms):
+        report("smooth norms", done, len(norms))
+        bits = [recipe.bits_of(linear.site) for linear in linears]
+        smoothing = plan_norm(
+            seen.rows[str(norm.output.name)],
+            [linear.weight for linear in linears],
+            min(weight_bits for weight_bits, _ in bits),
+            min(activation_bits for _, activation_bits in bits),
+            recipe.alphas,
+            recipe.seed,
+        )
+        if smoothing.alpha:
+            norm_folds.append(NormFold(site=norm.site, alpha=smoothing.alpha))
+            arrays |= {f"{norm.site}/shift": smoothing.shift, f"{norm.site}/scale": smoothing.scale}
+    for done, (attention, around) in enumerate(attentions):
+        report("smooth attentions", done, len(attentions))
+        found = _plan_attention(attention, around, seen, recipe)
+        attention_folds.append(AttentionFold(site=attention.site))
+        arrays |= {f"{attention.site}/{key}": array for key, array in found.items()}
+    return plan.model_copy(
+        update={
+            "norm_folds": tuple(norm_folds),
+            "attention_folds": tuple(attention_folds),
+            "refusals": tuple(refusals),
+        }
+    ).with_arrays(arrays)
+
+
+def _plan_attention(
+    attention: Attention, around: Projections, seen: Observations, recipe: Recipe
+) -> Mapping[str, NDArray[np.float32]]:
+    q, k, v, context = (
+        seen.rows[str(value.name)] for value in (around.q.output, around.k.output, around.v.output, around.proj.input)
+    )
+    bits = recipe.bits_of(attention.site)[1]
+    return plan_attention(q, k, v, context, around.proj.weight, seen.slices[attention.site], bits, recipe.alphas)
+
+
+def _foldable_norms(model: ir.Model, shapes: Shapes, refusals: list[Refusal]) -> list[tuple[Norm, list[Linear]]]:
+    found = []
+    for norm in find_norms(model):
+        try:
+            linears = norm_readers(norm, model, shapes)
+        except RefusalError as error:
+            refusals.append(Refusal(site=norm.site, what="smoothing", reason=str(error)))
+            continue
+        if linears:
+            found.append((norm, linears))
+    return found
+
+
+def _foldable_attentions(
+    model: ir.Model, shapes: Shapes, refusals: list[Refusal]
+) -> list[tuple[Attention, Projections]]:
+    found = []
+    for attention in find_attentions(model):
+        try:
+            found.append((attention, attention_projections(attention, model, shapes)))
+        except RefusalError as error:
+            refusals.append(Refusal(site=attention.site, what="attention fold", reason=str(error)))
+    return found
+
+
+def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPlan, report: Progress) -> QuantPlan:
+    """Add the quantizer of every Linear and attention; `model` has the plan's folds applied."""
+    recipe = plan.recipe
+    linears, attentions = find_linears(model), find_attentions(model)
+    seen = observe(model, samples, [linear.input for linear in linears], attentions, shapes, recipe.seed, report)
+    inputs: dict[tuple[str, int], ActivationQuantizer] = {}
+    moments: dict[str, NDArray[np.float32]] = {}
+    arrays: dict[str, NDArray[np.generic]] = {}
+    layers = []
+    for done, linear in enumerate(linears):
+        report("search Linears", done, len(linears))
+        weight_bits, bits = recipe.bits_of(linear.site)
+        name = str(linear.input.name)
+        rows = seen.rows[name]
+        if (name, bits) not in inputs:
+            sharing = [other.weight for other in linears if other.input is linear.input]
+            after_gelu = is_op(origin(linear.input, shapes).producer(), "Gelu")
+            inputs[name, bits] = search_linear_input(
+                rows, sharing, bits, recipe.range_method, two_regions=recipe.opt_m and after_gelu, seed=recipe.seed
+            )
+        by_output = recipe.range_method is RangeMethod.OUTPUT
+        if by_output and name not in moments:
+            moments = {name: second_moment(rows)}
+        arrays[f"{linear.site}/weight_scale"] = _weight_scale(linear, weight_bits, recipe, moments.get(name))
+        layers.append(LayerPlan(site=linear.site, weight_bits=weight_bits, input=inputs[name, bits]))
+    return plan.model_copy(
+        update={"layers": tuple(layers), "attentions": _plan_attentions(attentions, seen, recipe, report)}
+    ).with_arrays(arrays)
+
+
+def _weight_scale(linear: Linear, bits: int, recipe: Recipe, moment: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    if recipe.range_method is RangeMethod.MIN_MAX:
+        from mptqc.analysis.weights import largest_scale
+
+        return largest_scale(linear.weight, bits)
+    return search_weight_scale(linear.weight, bits, moment)
+
+
+def _plan_attentions(
+    attentions: Sequence[Attention], seen: Observations, recipe: Recipe, report: Progress
+) -> tuple[AttentionPlan, ...]:
+    found = []
+    for done, attention in enumerate(attentions):
+        report("search attentions", done, len(attentions))
+        found.append(
+            search_attention(
+                attention.site,
+                seen.slices[attention.site],
+                recipe.bits_of(attention.site)[1],
+                recipe.range_method,
+                two_regions=recipe.opt_m,
+                seed=recipe.seed,
+            )
+        )
+    return tuple(found)

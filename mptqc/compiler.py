@@ -1,0 +1,135 @@
+"""The flow, readable top to bottom: load, canonicalise, fold, search, emit.
+
+`build` is the half that needs no data: from a canonical model and a plan to the compiled model; `compile_model` and
+`apply_plan` both end in it, so that a plan rebuilds the same bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mptqc.analysis.observe import Progress
+from mptqc.analysis.planner import plan_folds, plan_quantizers
+from mptqc.analysis.shapes import concrete_shapes
+from mptqc.data.samples import Samples
+from mptqc.errors import ModelError, PlanError
+from mptqc.graph.io import load_model, model_digest
+from mptqc.graph.match import find_attentions, find_convolutions
+from mptqc.passes.base import Pass, run_passes
+from mptqc.passes.canonicalise import canonicalise
+from mptqc.passes.fold_affine import FoldAffine
+from mptqc.passes.fold_attention import FoldAttention
+from mptqc.passes.fold_smoothing import FoldSmoothing
+from mptqc.passes.lower_to_cpu import LowerToCpu
+from mptqc.passes.pack_weights import PackWeights
+from mptqc.passes.quantize_attentions import QuantizeAttentions
+from mptqc.passes.quantize_linears import QuantizeLinears
+from mptqc.passes.separate_projections import SeparateProjections
+from mptqc.passes.stamp_sites import StampSites
+from mptqc.passes.unfold_patches import UnfoldPatches
+from mptqc.plan import QuantPlan
+from mptqc.recipe import Recipe, Target
+
+PLAN_KEY = "mptqc.plan"
+PREPROCESS_KEY = "mptqc.preprocess"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model and the plan that made it."""
+
+    model: ir.Model
+    plan: QuantPlan
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """A progress report that goes nowhere."""
+
+
+def compile_model(
+    path: Path,
+    samples: Samples,
+    recipe: Recipe,
+    *,
+    preprocess: str | None = None,
+    convert_fp16: bool = False,
+    report: Progress = silent,
+) -> Compiled:
+    """Compile a float ONNX vision transformer to an integer one.
+
+    Args:
+        path: the float model.
+        samples: calibration images, at most `recipe.samples` of them are used.
+        recipe: what to do.
+        preprocess: JSON of the preprocessing, kept in the model's metadata.
+        convert_fp16: take a float16 model by converting it to float32 first.
+        report: called with (step, done, total).
+
+    Raises:
+        ModelError: not a model that mptqc compiles.
+        DataError: the samples do not fit the model.
+    """
+    report("canonicalise", 0, 1)
+    model = load_canonical(path, convert_fp16=convert_fp16)
+    plan = QuantPlan(model_digest=model_digest(path), recipe=recipe, preprocess=preprocess)
+    used = samples.take(recipe.samples, recipe.seed)
+    plan = plan_folds(model, concrete_shapes(model), used, plan, report)
+    fold(model, plan)
+    plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)
+    emit(model, plan)
+    return Compiled(model, plan)
+
+
+def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Compiled:
+    """Rebuild the compiled model from the float model and a plan; needs no data, gives the same bytes.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    digest = model_digest(path)
+    if digest != plan.model_digest:
+        raise PlanError(
+            f"the plan was made for another model: its digest is {plan.model_digest[:12]}…, that of {path} is "
+            f"{digest[:12]}…; give the file that the plan was compiled from"
+        )
+    model = load_canonical(path, convert_fp16=convert_fp16)
+    fold(model, plan)
+    emit(model, plan)
+    return Compiled(model, plan)
+
+
+def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
+    """Read a float model and bring it to the canonical form, every site stamped.
+
+    Raises:
+        ModelError: not a model that mptqc compiles, or one without a transformer block.
+    """
+    model = canonicalise(load_model(path, convert_fp16=convert_fp16))
+    if not find_attentions(model):
+        raise ModelError(
+            f"{path} has no transformer block: looked for softmax(q·k)·v, with q, k and v computed from the image, and found "
+            f"none among {len(model.graph)} nodes ({len(find_convolutions(model))} of them convolutions). mptqc compiles "
+            "vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
+        )
+    for make in (UnfoldPatches, FoldAffine, SeparateProjections, StampSites):
+        make(concrete_shapes(model))(model)
+    return model
+
+
+def fold(model: ir.Model, plan: QuantPlan) -> None:
+    """Canonical to smoothed, in place."""
+    shapes = concrete_shapes(model)
+    run_passes(model, [FoldSmoothing(plan, shapes), FoldAttention(plan, shapes)])
+
+
+def emit(model: ir.Model, plan: QuantPlan) -> None:
+    """Smoothed to the plan's target, in place."""
+    passes: Sequence[Pass] = [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights()]
+    if plan.recipe.target is Target.CPU:
+        passes = [*passes, LowerToCpu()]
+    run_passes(model, passes)
+    model.metadata_props[PLAN_KEY] = plan.model_dump_json()
+    if plan.preprocess is not None:
+        model.metadata_props[PREPROCESS_KEY] = plan.preprocess
