@@ -151,14 +151,14 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     torch.set_num_threads(arguments.threads)
     train_split, test_split = read_split(arguments.data, "train"), read_split(arguments.data, "t10k")
-    fields = preprocessing(MEAN, STD)
+    steps = preprocessing(MEAN, STD)
     committed_test = test_split.sample(TEST_COUNT, arguments.seed)
-    write_data(arguments.output, train_split.sample(CALIBRATION_COUNT, arguments.seed), committed_test, fields)
+    write_data(arguments.output, train_split.sample(CALIBRATION_COUNT, arguments.seed), committed_test, steps)
     for name in arguments.models:
         teacher = trained("vit", arguments, train_split, None) if name == "deit" else None
-        path = write_model(arguments.output, name, trained(name, arguments, train_split, teacher), fields)
+        path = write_model(arguments.output, name, trained(name, arguments, train_split, teacher), steps)
         for split in (test_split, committed_test):
-            accuracy = onnx_top1(path, split, mean=MEAN, std=STD)
+            accuracy = onnx_top1(path, split, steps)
             logger.info("%s: float top-1 %.4f on %d test images", name, accuracy, len(split.labels))
 
 

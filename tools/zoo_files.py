@@ -1,7 +1,6 @@
 """What the zoo commits: image archives, preprocessing, the exported models and their float accuracy."""
 
 import io
-import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from mptqc.data.preprocess import METADATA_KEY, Preprocessing
 from mptqc.export.onnx_writer import OnnxForm, export_module
-from mptqc.export.preprocessing import PREPROCESS_KEY
 from mptqc.runtime.session import create_session
 
 CALIBRATION_COUNT, TEST_COUNT = 512, 2000
@@ -39,25 +38,17 @@ class Split:
         return Split(self.images[chosen], self.labels[chosen])
 
 
-def preprocessing(mean: float, std: float) -> dict[str, object]:
-    """Return the zoo's preprocessing, in the fields of mptqc.data: (pixel × scale − mean) / std, nothing resized."""
-    return {
-        "image_size": [28, 28],
-        "resize": None,
-        "crop": "none",
-        "interpolation": "bilinear",
-        "mean": [mean],
-        "std": [std],
-        "scale": 1 / 255,
-    }
+def preprocessing(mean: float, std: float) -> Preprocessing:
+    """Return the zoo's preprocessing: (pixel / 255 − mean) / std, nothing resized."""
+    return Preprocessing(image_size=(28, 28), interpolation="bilinear", mean=(mean,), std=(std,))
 
 
-def write_data(folder: Path, calibration: Split, test: Split, fields: Mapping[str, object]) -> None:
+def write_data(folder: Path, calibration: Split, test: Split, steps: Preprocessing) -> None:
     """Write calibration.npz, test.npz and preprocess.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_archive(folder / "calibration.npz", calibration)
     write_archive(folder / "test.npz", test)
-    (folder / "preprocess.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (folder / "preprocess.json").write_text(steps.to_json() + "\n", encoding="utf-8")
 
 
 def write_archive(path: Path, split: Split) -> None:
@@ -71,22 +62,21 @@ def write_archive(path: Path, split: Split) -> None:
             archive.writestr(entry, content.getvalue())
 
 
-def write_model(folder: Path, name: str, model: nn.Module, fields: Mapping[str, object]) -> Path:
+def write_model(folder: Path, name: str, model: nn.Module, steps: Preprocessing) -> Path:
     """Export `model` to `<folder>/<name>.onnx` in the form that FORMS gives it; return the path."""
     path = folder / f"{name}.onnx"
-    export_module(model, (1, 28, 28), path, FORMS[name], {PREPROCESS_KEY: json.dumps(fields)})
+    export_module(model, (1, 28, 28), path, FORMS[name], {METADATA_KEY: steps.to_json()})
     if path.stat().st_size > MAX_MODEL_BYTES:
         raise SystemExit(f"{path} has {path.stat().st_size} bytes, more than the {MAX_MODEL_BYTES} that are committed")
     return path
 
 
-def onnx_top1(path: Path, split: Split, *, mean: float, std: float) -> float:
+def onnx_top1(path: Path, split: Split, steps: Preprocessing) -> float:
     """Return the top-1 accuracy of the ONNX file in ONNX Runtime."""
     session = create_session(path, threads=1)
     correct = 0
     for start in range(0, len(split.labels), EVALUATION_BATCH):
         part = slice(start, start + EVALUATION_BATCH)
-        images = ((split.images[part].astype(np.float32) / 255 - mean) / std).astype(np.float32)
-        (logits,) = session.run(None, {"images": images})
+        (logits,) = session.run(None, {"images": steps.normalize(split.images[part])})
         correct += int((logits.argmax(axis=1) == split.labels[part]).sum())
     return correct / len(split.labels)

@@ -3,15 +3,17 @@
 import difflib
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from mptqc.data.preprocess import METADATA_KEY, Preprocessing
+from mptqc.data.preprocess_sources import load_preprocessing
 from mptqc.errors import ModelError
 from mptqc.export.onnx_writer import Exporter, OnnxForm, export_module
 from mptqc.export.packages import import_timm, import_torch, stay_offline_without_a_hub
-from mptqc.export.preprocessing import PREPROCESS_KEY, of_timm
 from mptqc.export.random_weights import randomise_constant_parameters
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def export_timm(
 
     Raises:
         ModelError: unknown name, weights that cannot be had, missing torch or timm, or a failed export.
+        DataError: its preprocessing has no equivalent in mptqc.
         OutputError: `output` cannot be written.
     """
     if image_size is not None and image_size < 1:
@@ -68,8 +71,17 @@ def export_timm(
     if image_size is not None:
         _check_image_size(model, name, image_size)
         height = width = image_size
-    preprocessing = of_timm(config, (height, width))
-    export_module(model, (channels, height, width), output, form, {PREPROCESS_KEY: json.dumps(preprocessing)})
+    preprocessing = _preprocessing(config, (channels, height, width))
+    export_module(model, (channels, height, width), output, form, {METADATA_KEY: preprocessing.to_json()})
+
+
+def _preprocessing(config: Mapping[str, Any], input_size: tuple[int, int, int]) -> Preprocessing:
+    """Translate timm's `pretrained_cfg` by writing it the way timm publishes it, as a config.json."""
+    published = {key: config[key] for key in ("crop_pct", "crop_mode", "interpolation", "mean", "std")}
+    with tempfile.TemporaryDirectory(prefix="mptqc-export-") as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps({"pretrained_cfg": {**published, "input_size": input_size}}), encoding="utf-8")
+        return load_preprocessing(file)
 
 
 def _check_name(timm: ModuleType, name: str) -> None:

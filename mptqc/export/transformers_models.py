@@ -1,16 +1,16 @@
 """Export a transformers image classifier, from a local folder or the hub, with its preprocessing in the file."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from mptqc.data.preprocess import METADATA_KEY
+from mptqc.data.preprocess_sources import load_preprocessing
 from mptqc.errors import ModelError
 from mptqc.export.onnx_writer import Exporter, OnnxForm, export_module
 from mptqc.export.packages import import_torch, import_transformers, stay_offline_without_a_hub
-from mptqc.export.preprocessing import PREPROCESS_KEY, of_transformers
 from mptqc.export.random_weights import randomise_constant_parameters
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def export_transformers(
 
     Raises:
         ModelError: config or weights that cannot be had, another kind of model, missing packages, a failed export.
+        DataError: the preprocessor's configuration has no equivalent in mptqc.
         OutputError: `output` cannot be written.
     """
     form = OnnxForm(exporter=exporter, opset=opset, batch=batch)
@@ -62,11 +63,11 @@ def export_transformers(
     model = _create(transformers, name, config, pretrained=pretrained, seed=seed)
     height, width = _pair(config.image_size)
     metadata = {}
-    fields = _preprocessor_fields(name)
-    if fields is None:
+    preprocessor = _preprocessor_file(name)
+    if preprocessor is None:
         logger.warning("%s has no %s: the file will carry no preprocessing", name, PREPROCESSOR_FILE)
     else:
-        metadata[PREPROCESS_KEY] = json.dumps(of_transformers(fields, (height, width)))
+        metadata[METADATA_KEY] = load_preprocessing(preprocessor).to_json()
     export_module(_logits_only(model), (config.num_channels, height, width), output, form, metadata)
 
 
@@ -127,19 +128,17 @@ def _logits_only(model: "nn.Module") -> "nn.Module":
     return cast("nn.Module", LogitsOnly())
 
 
-def _preprocessor_fields(name: str) -> Mapping[str, Any] | None:
+def _preprocessor_file(name: str) -> Path | None:
     from huggingface_hub import hf_hub_download  # it comes with transformers
     from huggingface_hub.errors import EntryNotFoundError
 
-    file = Path(name) / PREPROCESSOR_FILE
-    if not Path(name).is_dir():
-        try:
-            file = Path(hf_hub_download(name, PREPROCESSOR_FILE))
-        except EntryNotFoundError:
-            return None
-    if not file.is_file():
+    if Path(name).is_dir():
+        file = Path(name) / PREPROCESSOR_FILE
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(name, PREPROCESSOR_FILE))
+    except EntryNotFoundError:
         return None
-    return cast("Mapping[str, Any]", json.loads(file.read_text(encoding="utf-8")))
 
 
 def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
