@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from mptqc.errors import ModelError
 from mptqc.graph.edit import add_initializer, constant_of, is_op
 from mptqc.passes.base import Pass, PassResult
 
@@ -26,20 +25,12 @@ class LiftConstants(Pass):
     name: ClassVar[str] = "lift-constants"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Lift, remove the nodes.
-
-        Raises:
-            ModelError: a Constant node holds a sparse tensor or a string.
-        """
+        """Find the nodes, then register their values and remove them."""
         sites = [node for node in model.graph if is_op(node, "Constant") and not node.outputs[0].is_graph_output()]
         for node in sites:
             old = node.outputs[0]
             array = constant_of(old)
-            if array is None:
-                raise ModelError(
-                    f"Constant node {node.name or old.name} holds no dense tensor; export the model with dense "
-                    "constants"
-                )
+            assert array is not None, "load_model refuses sparse constants"
             name = old.name or "constant"
             old.name = None
             new = add_initializer(model.graph, name, array)

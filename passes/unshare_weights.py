@@ -34,14 +34,20 @@ class UnshareWeights(Pass):
 
     def call(self, model: ir.Model) -> PassResult:
         """The first use keeps the initializer, unless something that is no parameter reads it too."""
-        edits = 0
         sites = [(node, index) for node in model.graph for index in _parameter_inputs(node)]
+        places = set(sites)
+        kept: set[ir.Value] = set()
+        edits = 0
         for node, index in sites:
             value = node.inputs[index]
             array = constant_of(value)
-            if value is None or array is None or (len(value.uses()) == 1 and not value.is_graph_output()):
+            if value is None or array is None:
                 continue
-            set_initializer(node, index, array)
+            read_otherwise = any((use.node, use.idx) not in places for use in value.uses())
+            if value not in kept and not read_otherwise and not value.is_graph_output():
+                kept.add(value)
+                continue
+            kept.add(set_initializer(node, index, array))
             edits += 1
         return PassResult(model, edits)
 

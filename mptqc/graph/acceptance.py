@@ -36,11 +36,7 @@ def check_proto(proto: onnx.ModelProto, path: Path) -> None:
         raise ModelError(
             f"{path.name} was already compiled by mptqc (metadata {STAGE_KEY}); compile from the original float model"
         )
-    if proto.graph.sparse_initializer:
-        raise ModelError(
-            f"{path.name} holds sparse weights ({proto.graph.sparse_initializer[0].values.name} and others), which "
-            "mptqc does not read; export it with dense weights"
-        )
+    _check_sparse(proto, path)
     if proto.training_info:
         raise ModelError(f"{path.name} holds a training graph (training_info); export it for inference")
     if proto.graph.quantization_annotation:
@@ -69,6 +65,21 @@ def check_graph(model: ir.Model, path: Path) -> None:
     _check_quantized(model, path)
     _check_ops(model, path)
     _check_inputs(model, path)
+
+
+def _check_sparse(proto: onnx.ModelProto, path: Path) -> None:
+    names = [tensor.values.name for tensor in proto.graph.sparse_initializer]
+    sparse_types = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
+    names += [
+        node.name or node.output[0]
+        for node in proto.graph.node
+        if any(attribute.type in sparse_types for attribute in node.attribute)
+    ]
+    if names:
+        raise ModelError(
+            f"{path.name} holds sparse weights (the first of {len(names)}: {names[0]}), which mptqc does not read; "
+            "export it with dense weights"
+        )
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
