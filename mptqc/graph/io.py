@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass
+from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass, RemoveUnusedOpsetsPass
 
 from mptqc.errors import ModelError, OutputError
 from mptqc.graph.acceptance import check_graph, check_proto
@@ -47,6 +46,7 @@ def load_model(path: str | Path, *, convert_fp16: bool = False) -> ir.Model:
     if model.functions:
         model = InlinePass()(model).model
         logger.debug("%s: functions inlined", path.name)
+    RemoveUnusedOpsetsPass()(model)
     RemoveInitializersFromInputsPass()(model)
     precision = half_precision_of(model)
     if precision is not None and not convert_fp16:
@@ -122,14 +122,7 @@ def _write(model: ir.Model, path: Path, folder: Path) -> None:
         data_name = f"{path.stem}.onnx.data"
         ir.save(model, beside, external_data=data_name, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
         (folder / data_name).replace(path.parent / data_name)
-    os.chmod(beside, 0o666 & ~_umask())  # noqa: PTH101 - Path.chmod follows the same call
     beside.replace(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _initializer_bytes(model: ir.Model) -> int:
