@@ -32,7 +32,7 @@ def test_options_are_pinned(linear_path: Path):
 
 
 def test_matmulnbits_is_float_exact(save_nodes):
-    """Without accuracy level 0 a weight-only DequantizeLinear → MatMul re-quantizes its float input: 1.9e-2 off here."""
+    """Without accuracy level 0 a weight-only DequantizeLinear → MatMul re-quantizes its float input (1.9e-2 off)."""
     codes = np.random.default_rng(2).integers(-8, 8, size=(64, 32)).astype(np.int8)
     scale = np.full((2, 32), 2.0**-5, np.float32)
     node = onnx.helper.make_node

@@ -1,0 +1,1 @@
+"""Images in: folders and arrays, preprocessing, calibration and evaluation samples."""
