@@ -126,7 +126,7 @@ def fold(model: ir.Model, plan: QuantPlan) -> None:
 
 def emit(model: ir.Model, plan: QuantPlan) -> None:
     """Smoothed to the plan's target, in place."""
-    passes: Sequence[Pass] = [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights(plan)]
+    passes: Sequence[Pass] = [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights()]
     if plan.recipe.target is Target.CPU:
         passes = [*passes, LowerToCpu()]
     run_passes(model, passes)
