@@ -1,6 +1,12 @@
 """Packaging of mptqc; the pass sources live in passes/ and are installed as mptqc.passes."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "mptqc/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 HAS_GPU_WHEEL = (
     "(sys_platform == 'linux' and platform_machine == 'x86_64')"
@@ -13,15 +19,17 @@ NO_GPU_WHEEL = (
 
 setup(
     name="mptqc",
-    version="0.1.0",
+    version=VERSION[1],
     description="Compile float ONNX vision transformers to low-bit integer ONNX models for ONNX Runtime",
-    long_description=open("README.md", encoding="utf-8").read(),  # noqa: PTH123, SIM115 - read once, by the build
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["mptqc", "mptqc.*"], exclude=["mptqc.passes*"]), "mptqc.passes"],
     package_dir={"mptqc.passes": "passes"},
-    package_data={"mptqc": ["py.typed", "presets/*.toml"]},
+    package_data={"mptqc": ["py.typed"]},
+    include_package_data=False,
     install_requires=[
         "numpy>=2.0",
         "onnx>=1.19",
@@ -37,7 +45,7 @@ setup(
     ],
     extras_require={
         "export": ["torch>=2.6", "onnxscript>=0.5", "timm>=1.0"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "matplotlib>=3.9"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "matplotlib>=3.9", "transformers>=5", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["mptqc=mptqc.cli.app:main"]},
 )
