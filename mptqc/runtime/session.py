@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import onnxruntime as ort
 
-from mptqc.errors import ModelError, ProviderError
+from mptqc.errors import ModelError, ProviderError, RecipeError
 
 Session = ort.InferenceSession  # noqa: TID251 - made here only; other modules import this name for their types
 
@@ -69,10 +69,11 @@ def create_session(
     Raises:
         ProviderError: the provider is unknown or cannot start here.
         ModelError: the model is missing, truncated, not ONNX, or ONNX Runtime cannot run it.
+        RecipeError: threads is negative.
     """
     check_provider(provider)
     if threads < 0:
-        raise ProviderError(f"threads is {threads}; give 0 (every core) or a positive number.")
+        raise RecipeError(f"threads is {threads}; give 0 (every core) or a positive number.")
     source, described = _model_source(model)
     options = _session_options(threads, graph_optimization, optimized_path)
     if provider == "cuda":

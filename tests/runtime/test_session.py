@@ -5,7 +5,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from mptqc.errors import ModelError, ProviderError
+from mptqc.errors import ModelError, ProviderError, RecipeError
 from mptqc.runtime import session as session_module
 from mptqc.runtime.session import CONFIG_ENTRIES, create_session, options_as_text, session
 
@@ -133,5 +133,5 @@ def test_unknown_operator_is_reported(save_nodes):
 
 
 def test_negative_threads_are_refused(linear_path: Path):
-    with pytest.raises(ProviderError, match="threads is -1"):
+    with pytest.raises(RecipeError, match="threads is -1"):
         create_session(linear_path, threads=-1)
