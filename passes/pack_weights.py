@@ -13,49 +13,37 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from mptqc.errors import PlanError
 from mptqc.graph.edit import Builder, add_initializer, constant_of, is_op, remove_dead
+from mptqc.graph.emission import weight_bits_of
 from mptqc.graph.match import site_of
 from mptqc.passes.base import Pass, PassResult, Stage
-from mptqc.plan import QuantPlan
 from mptqc.reference.packing import MAX_BITS, Plane, pack, planes_of
 
 
 @dataclass(frozen=True)
 class PackWeights(Pass):
-    """Pack the weights of every planned Linear to its number of bits; the model is quantized after it."""
+    """Pack the weights of every integer Linear to its number of bits; the model is quantized after it."""
 
     name: ClassVar[str] = "pack-weights"
     requires: ClassVar[tuple[Stage, ...]] = (Stage.SMOOTHED,)
     ensures: ClassVar[Stage | None] = Stage.QUANTIZED
-    plan: QuantPlan
 
     def call(self, model: ir.Model) -> PassResult:
-        """Find all integer products with constant weights, then pack those.
-
-        Raises:
-            PlanError: a planned Linear is no integer product.
-        """
-        products = find_integer_linears(model)
-        missing = {layer.site for layer in self.plan.layers} - products.keys()
-        if missing:
-            raise PlanError(
-                f"{', '.join(sorted(missing))} is planned but no integer product; run quantize-linears first"
-            )
-        packed = [layer for layer in self.plan.layers if layer.weight_bits < MAX_BITS]
-        for layer in packed:
-            _pack(products[layer.site], layer.weight_bits, layer.site)
+        """Find all products whose weights have less than 8 bits, then pack those."""
+        found = [node for node in find_integer_linears(model) if weight_bits_of(node) < MAX_BITS]
+        for node in found:
+            _pack(node, weight_bits_of(node), site_of(node))
         remove_dead(model)
-        return PassResult(model, len(packed))
+        return PassResult(model, len(found))
 
 
-def find_integer_linears(model: ir.Model) -> dict[str, ir.Node]:
-    """MatMulInteger nodes with constant int8 weights, by site."""
-    found = {}
-    for node in model.graph:
-        if is_op(node, "MatMulInteger") and site_of(node) and constant_of(node.inputs[1]) is not None:
-            found[site_of(node)] = node
-    return found
+def find_integer_linears(model: ir.Model) -> list[ir.Node]:
+    """MatMulInteger nodes with constant weights that the quantize passes wrote, in graph order."""
+    return [
+        node
+        for node in model.graph
+        if is_op(node, "MatMulInteger") and site_of(node) and constant_of(node.inputs[1]) is not None
+    ]
 
 
 def _pack(node: ir.Node, bits: int, site: str) -> None:

@@ -71,7 +71,9 @@ def _quantize(matmul: ir.Node, letters: tuple[str, str], planned: AttentionPlan,
     name = "scores" if letters == ("q", "k") else "context"
     left, right = (emitter.codes(matmul, index, f"{planned.site}/{letter}") for index, letter in enumerate(letters))
     build = Builder(matmul, planned.site)
-    scale = build.op("Mul", [emitter.open_scale(left, build, f"{letters[0]}/open_scale"), right.scale], name=f"{name}_scale")
+    scale = build.op(
+        "Mul", [emitter.open_scale(left, build, f"{letters[0]}/open_scale"), right.scale], name=f"{name}_scale"
+    )
     node, product = emit_product(left, right.codes, right.zero_point, scale, build, name)
     node.metadata_props[SITE_KEY] = planned.site
     replace_value(matmul.outputs[0], product)

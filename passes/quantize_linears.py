@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mptqc.errors import PlanError
 from mptqc.graph.edit import Builder, remove_dead
-from mptqc.graph.emission import Operand, QuantizerEmitter, emit_product
+from mptqc.graph.emission import WEIGHT_BITS_KEY, Operand, QuantizerEmitter, emit_product
 from mptqc.graph.match import SITE_KEY, Linear, find_linears
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.plan import LayerPlan, QuantPlan
@@ -41,7 +41,8 @@ class QuantizeLinears(Pass):
         codes = {layer.site: weight_codes(linear, layer, self.plan) for linear, layer in found}
         emitter = QuantizerEmitter({(linear.matmul, 0): Operand(layer.input) for linear, layer in found})
         for linear, layer in found:
-            _quantize(linear, codes[layer.site], self.plan.array(f"{layer.site}/weight_scale"), emitter)
+            node = _quantize(linear, codes[layer.site], self.plan.array(f"{layer.site}/weight_scale"), emitter)
+            node.metadata_props.update({SITE_KEY: layer.site, WEIGHT_BITS_KEY: str(layer.weight_bits)})
         remove_dead(model)
         return PassResult(model, len(found))
 
@@ -88,7 +89,10 @@ def weight_codes(linear: Linear, layer: LayerPlan, plan: QuantPlan) -> NDArray[n
     return planned.astype(np.int8, copy=False)
 
 
-def _quantize(linear: Linear, codes: NDArray[np.int8], scale: NDArray[np.float32], emitter: QuantizerEmitter) -> None:
+def _quantize(
+    linear: Linear, codes: NDArray[np.int8], scale: NDArray[np.float32], emitter: QuantizerEmitter
+) -> ir.Node:
+    """Rewrite one Linear and return its MatMulInteger."""
     site = linear.site
     build = Builder(linear.matmul, site)
     x = emitter.codes(linear.matmul, 0, site)
@@ -96,7 +100,7 @@ def _quantize(linear: Linear, codes: NDArray[np.int8], scale: NDArray[np.float32
         "Mul", [emitter.open_scale(x, build, "open_scale"), build.constant("weight_scale", scale)], name="product_scale"
     )
     node, product = emit_product(x, build.constant("weight", codes), None, both_scales, build, "product")
-    node.metadata_props[SITE_KEY] = site
     product.shape = linear.matmul.outputs[0].shape
     linear.add.replace_input_with(1 - linear.bias_index, product)
     linear.add.name = f"{site}/add_bias"
+    return node

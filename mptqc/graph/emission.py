@@ -18,13 +18,16 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.errors import PlanError
-from mptqc.graph.edit import Builder, add_initializer, is_op, scalar_of
+from mptqc.graph.edit import Builder, add_initializer, is_op, producer, scalar_of
 from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
 
 CODES = 256
 """How many codes an 8-bit container has."""
 
 ONE_NAME = "mptqc/one"
+
+WEIGHT_BITS_KEY = "mptqc.weight_bits"
+"""Metadata of an integer Linear's product: the bits that its weight codes really have."""
 
 # The smallest value each op can give: GELU's minimum is −0.16997 (erf) or −0.17004 (tanh).
 _LOWEST = {"Softmax": 0.0, "Sigmoid": 0.0, "Relu": 0.0, "Gelu": -0.1701}
@@ -60,9 +63,14 @@ class QuantizerEmitter:
 
     def __init__(self, uses: Uses) -> None:
         self._uses = uses
+        self._route: dict[tuple[ir.Value, Operand], list[ir.Value]] = {}
         self._emitted: dict[tuple[ir.Value, Operand], Codes] = {}
-        self._moves = 0
         self._scales: dict[ir.Value, ir.Value] = {}
+        self._moves = 0
+        self._prefixes: dict[str, int] = {}
+        # All routes are found before the first edit: a new QuantizeLinear would count as one more reader.
+        for (node, index), operand in uses.items():
+            self._find_route(_input(node, index), operand)
 
     def codes(self, node: ir.Node, index: int, prefix: str) -> Codes:
         """The codes that `node` is to read at input `index`, made from what it reads now.
@@ -70,64 +78,75 @@ class QuantizerEmitter:
         Raises:
             PlanError: the quantizer does not fit an 8-bit container.
         """
-        value = node.inputs[index]
-        assert value is not None
-        check_quantizer(self._uses[node, index].quantizer, prefix)
-        return self._codes(value, self._uses[node, index], Builder(node, prefix))
+        operand = self._uses[node, index]
+        check_quantizer(operand.quantizer, prefix)
+        return self._codes(_input(node, index), operand, node, prefix)
 
     def open_scale(self, codes: Codes, build: Builder, name: str) -> ir.Value:
         """The scale as a value that ONNX Runtime does not fold; one per constant."""
         if codes.scale not in self._scales:
-            one = build.graph.initializers.get(ONE_NAME) or add_initializer(
-                build.graph, ONE_NAME, np.array(1, np.uint8)
-            )
-            opened = build.op("DequantizeLinear", [one, codes.scale], name=name)
-            self._scales[codes.scale] = opened
+            one = build.graph.initializers.get(ONE_NAME)
+            if one is None:
+                one = add_initializer(build.graph, ONE_NAME, np.array(1, np.uint8))
+            self._scales[codes.scale] = build.op("DequantizeLinear", [one, codes.scale], name=name)
         return self._scales[codes.scale]
 
-    def _codes(self, value: ir.Value, operand: Operand, build: Builder) -> Codes:
+    def _codes(self, value: ir.Value, operand: Operand, anchor: ir.Node, prefix: str) -> Codes:
         key = (value, operand)
         if key not in self._emitted:
-            moved = self._move(value, operand, build)
-            self._emitted[key] = moved or emit_quantizer(value, operand, build)
+            sources = self._route[key]
+            parts = [self._codes(source, operand, anchor, prefix) for source in sources]
+            if parts:
+                self._emitted[key] = self._move(value, parts, Builder(anchor, prefix))
+            else:
+                self._emitted[key] = emit_quantizer(value, operand, Builder(anchor, self._unique(prefix)))
         return self._emitted[key]
 
-    def _move(self, value: ir.Value, operand: Operand, build: Builder) -> Codes | None:
-        """Quantize above the movement that makes `value`, and move codes; None if the quantizer must stay below."""
+    def _unique(self, prefix: str) -> str:
+        """The prefix, numbered if one reader needs more than one quantizer (parts of a Concat)."""
+        number = self._prefixes.get(prefix, 0)
+        self._prefixes[prefix] = number + 1
+        return f"{prefix}/part{number}" if number else prefix
+
+    def _move(self, value: ir.Value, parts: list[Codes], build: Builder) -> Codes:
+        """Do to codes what the producer of `value` does to floats."""
         node = value.producer()
-        if node is None or not self._is_only_read_as(value, operand):
-            return None
-        if is_op(node, "Concat"):
-            sources = list(node.inputs)
-        elif is_op(node, *_MOVEMENT):
-            sources = [node.inputs[0]]
-        else:
-            return None
-        if any(source is None or not self._is_worth_quantizing(source, node, operand) for source in sources):
-            return None
-        parts = [self._codes(source, operand, build) for source in sources if source is not None]
+        assert node is not None
         self._moves += 1
-        made = build.node(
-            node.op_type,
-            [*(part.codes for part in parts), *node.inputs[len(parts) :]],
-            name=f"move{self._moves}_{node.op_type}",
-        )
+        codes = [part.codes for part in parts]
+        made = build.node(node.op_type, [*codes, *node.inputs[len(parts) :]], name=f"move{self._moves}_{node.op_type}")
         made.attributes.update(node.attributes)
         moved = made.outputs[0]
         moved.shape, moved.type = value.shape, parts[0].codes.type
         return Codes(moved, parts[0].scale, parts[0].zero_point)
 
-    def _is_worth_quantizing(self, source: ir.Value, movement: ir.Node, operand: Operand) -> bool:
-        """False for constants; for movement that drops elements, only if all readers of the whole want its codes."""
-        producer = source.producer()
-        if producer is None and not source.is_graph_input():
-            return False
-        if is_op(movement, "Concat"):
-            # A roll or a re-joined window: worth it if the parts were cut from one value.
-            return is_op(producer, *_DROPPING) and self._is_only_read_as(source, operand)
-        if is_op(movement, *_DROPPING):
-            return len(source.uses()) > 1 and self._is_only_read_as(source, operand)
-        return True
+    def _find_route(self, value: ir.Value, operand: Operand) -> list[ir.Value]:
+        """The values above the movement that makes `value`, where to quantize instead; none if it must stay here."""
+        key = (value, operand)
+        if key not in self._route:
+            sources = self._sources(value, operand)
+            self._route[key] = sources
+            for source in sources:
+                self._find_route(source, operand)
+        return self._route[key]
+
+    def _sources(self, value: ir.Value, operand: Operand) -> list[ir.Value]:
+        node = value.producer()
+        if node is None or not self._is_only_read_as(value, operand):
+            return []
+        if is_op(node, "Concat"):
+            # A roll, or re-joined windows: worth it if every part was cut from a value that is quantized whole.
+            parts = [part for part in node.inputs if part is not None]
+            cut = all(producer(part, *_DROPPING) is not None and self._find_route(part, operand) for part in parts)
+            return parts if cut else []
+        if not is_op(node, *_MOVEMENT):
+            return []
+        source = _input(node, 0)
+        if source.producer() is None and not source.is_graph_input():
+            return []
+        if is_op(node, *_DROPPING) and not (len(source.uses()) > 1 and self._is_only_read_as(source, operand)):
+            return []
+        return [source]
 
     def _is_only_read_as(self, value: ir.Value, operand: Operand) -> bool:
         """True if every reader, through movement, is a product that takes `value` quantized as `operand`."""
@@ -231,6 +250,11 @@ def emit_product(
     return product, result
 
 
+def weight_bits_of(node: ir.Node) -> int:
+    """The bits of an integer Linear's weight codes; 8 if nothing is recorded."""
+    return int(node.metadata_props.get(WEIGHT_BITS_KEY, "8"))
+
+
 def check_quantizer(quantizer: ActivationQuantizer, where: str) -> None:
     """Refuse a quantizer whose codes do not fit 8 bits, or whose regions do not meet on the coarse grid.
 
@@ -254,6 +278,12 @@ def check_quantizer(quantizer: ActivationQuantizer, where: str) -> None:
             f"{where}: the regions meet at {quantizer.split}Δ, which is not a multiple of 2^{quantizer.m} from 0 on; "
             "the plan is damaged"
         )
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None, f"{node.op_type} {node.name} lacks input {index}"
+    return value
 
 
 def _bottom(signed: bool) -> int:
