@@ -82,7 +82,7 @@ def create_session(
         session = _create(source, described, options, [PROVIDERS["cpu"]])
     if PROVIDERS[provider] not in session.get_providers():
         raise ProviderError(_not_started(provider))
-    logger.debug("session of %s: %s", described, options_as_text(provider=provider, threads=threads))
+    logger.info("session of %s: %s", described, options_as_text(provider=provider, threads=threads))
     return session
 
 
