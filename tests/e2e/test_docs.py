@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 REGISTER = """
 import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("mptqc.passes.fold_factor", pathlib.Path(__file__).parent / "fold_factor.py")
+source = pathlib.Path(__file__).parent / "fold_factor.py"
+spec = importlib.util.spec_from_file_location("mptqc.passes.fold_factor", source)
 module = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = module
 spec.loader.exec_module(module)
@@ -22,7 +23,7 @@ def test_the_example_pass_of_the_architecture_passes_its_tests(tmp_path):
     (tmp_path / "test_fold_factor.py").write_text(tests, encoding="utf-8")
     fixtures = (ROOT / "tests/passes/conftest.py").read_text(encoding="utf-8")
     (tmp_path / "conftest.py").write_text(fixtures + REGISTER, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "3 passed" in ran.stdout
