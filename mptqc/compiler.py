@@ -24,6 +24,7 @@ from mptqc.passes.fold_attention import FoldAttention
 from mptqc.passes.fold_smoothing import FoldSmoothing
 from mptqc.passes.lower_to_cpu import LowerToCpu
 from mptqc.passes.pack_weights import PackWeights
+from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
 from mptqc.passes.separate_projections import SeparateProjections
@@ -109,11 +110,11 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
     model = canonicalise(load_model(path, convert_fp16=convert_fp16))
     if not find_attentions(model):
         raise ModelError(
-            f"{path} has no transformer block: looked for softmax(q·k)·v, with q, k and v computed from the image, and found "
-            f"none among {len(model.graph)} nodes ({len(find_convolutions(model))} of them convolutions). mptqc compiles "
-            "vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
+            f"{path} has no transformer block: looked for softmax(q·k)·v, with q, k and v computed from the "
+            f"image, and found none among {len(model.graph)} nodes ({len(find_convolutions(model))} of them convolutions). "
+            "mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
         )
-    for make in (UnfoldPatches, FoldAffine, SeparateProjections, StampSites):
+    for make in (UnfoldPatches, FoldAffine, SeparateProjections, PruneTokens, StampSites):
         make(concrete_shapes(model))(model)
     return model
 

@@ -1,0 +1,140 @@
+"""The same from Python: `mptqc.compile(...)`, `mptqc.apply(...)`; paths in, a saveable result out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mptqc.analysis.observe import Progress
+from mptqc.analysis.verify import VerifyReport, verify_compiled
+from mptqc.compiler import Compiled, apply_plan, compile_model, silent
+from mptqc.data.load import fit_preprocessing, load_samples
+from mptqc.data.preprocess import Preprocessing
+from mptqc.data.preprocess_sources import choose_preprocessing
+from mptqc.data.samples import Samples
+from mptqc.errors import OutputError
+from mptqc.graph.io import load_model, save_model
+from mptqc.plan import QuantPlan, load_plan, save_plan
+from mptqc.recipe import make_recipe
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What `compile` gives: the integer model, the plan that rebuilds it, and what was verified of it."""
+
+    model: ir.Model
+    plan: QuantPlan
+    report: VerifyReport | None
+
+    def save(self, path: str | Path, plan_path: str | Path | None = None) -> None:
+        """Write the model, and the plan (with its .safetensors beside it) if a path is given.
+
+        Raises:
+            OutputError: a path cannot be written.
+        """
+        save_model(self.model, path)
+        if plan_path is not None:
+            save_plan(self.plan, Path(plan_path))
+
+
+def compile(
+    model: str | Path,
+    calibration: str | Path,
+    *,
+    preset: str | None = None,
+    recipe: str | Path | None = None,
+    preprocess: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    convert_fp16: bool = False,
+    options: dict[str, Any] | None = None,
+    verify: bool = True,
+    report: Progress = silent,
+) -> CompileResult:
+    """Compile a float ONNX vision transformer into one that runs in integers.
+
+    Args:
+        model: the float ONNX file.
+        calibration: a folder of images, an .npz (`images` or the input's name) or an .npy.
+        preset: "w8a8", "w6a6", "w4a4", …; see `mptqc.recipe.PRESETS`.
+        recipe: a TOML file of `mptqc.recipe.Recipe` keys; wins over the preset.
+        preprocess: preset name or JSON file of the preprocessing; mean, std: as flags. Default: the model's metadata.
+        mean: per channel, of pixels scaled to 0..1.
+        std: per channel, likewise.
+        convert_fp16: accept a float16 model and convert it to float32.
+        options: single `Recipe` fields, which win over preset and file.
+        verify: load the result in ONNX Runtime and check it against the numpy reference.
+        report: called with (step, done, total).
+
+    Raises:
+        MptqcError: one of its kinds, naming what was wrong, where and what to do.
+    """
+    chosen = make_recipe(preset, None if recipe is None else Path(recipe), options)
+    path = Path(model)
+    samples, preprocessing = open_samples(path, calibration, preprocess, mean, std, convert_fp16=convert_fp16)
+    as_json = None if preprocessing is None else preprocessing.to_json()
+    compiled = compile_model(path, samples, chosen, preprocess=as_json, convert_fp16=convert_fp16, report=report)
+    return _checked(compiled, samples, verify=verify, report=report)
+
+
+def apply(model: str | Path, plan: str | Path, *, convert_fp16: bool = False) -> CompileResult:
+    """Rebuild a compiled model from the float model and its plan, byte for byte, with no data.
+
+    Raises:
+        PlanError: the plan is damaged or was made for another model.
+    """
+    compiled = apply_plan(Path(model), load_plan(Path(plan)), convert_fp16=convert_fp16)
+    return CompileResult(compiled.model, compiled.plan, None)
+
+
+def open_samples(
+    model: Path,
+    source: str | Path,
+    preprocess: str | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    *,
+    convert_fp16: bool = False,
+) -> tuple[Samples, Preprocessing | None]:
+    """Open images for a float model's input, with the preprocessing chosen from flags or the model's metadata.
+
+    Raises:
+        ModelError: the model cannot be read; DataError: the images do not fit.
+    """
+    loaded = load_model(model, convert_fp16=convert_fp16)
+    graph_input = loaded.graph.inputs[0]
+    dims = () if graph_input.shape is None else tuple(graph_input.shape)
+    shape = [dim if isinstance(dim, int) else None for dim in dims]
+    size = (shape[2], shape[3]) if len(shape) == 4 and shape[2] is not None and shape[3] is not None else None
+    chosen = choose_preprocessing(
+        source=preprocess, mean=mean, std=std, metadata=loaded.metadata_props, image_size=size
+    )
+    samples = load_samples(source, input_name=str(graph_input.name), input_shape=shape, preprocessing=chosen)
+    return samples, None if chosen is None else fit_preprocessing(chosen, shape)
+
+
+def check_output(path: Path) -> None:
+    """Fail before the work, not after it.
+
+    Raises:
+        OutputError: the folder does not exist or is not writable.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of the .onnx file to write")
+    try:
+        probe = path.with_name(f".{path.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another place") from error
+
+
+def _checked(compiled: Compiled, samples: Samples, *, verify: bool, report: Progress) -> CompileResult:
+    if not verify:
+        return CompileResult(compiled.model, compiled.plan, None)
+    report("verify", 0, 1)
+    batch = next(iter(samples.batches(1)))
+    found = verify_compiled(compiled.model, compiled.plan, batch)
+    report("verify", 1, 1)
+    return CompileResult(compiled.model, compiled.plan, found)
