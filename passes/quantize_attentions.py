@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from mptqc.errors import PlanError
 from mptqc.graph.edit import Builder, remove_dead, replace_value
-from mptqc.graph.emission import Operand, QuantizerEmitter, emit_product
+from mptqc.graph.emission import QuantizerEmitter, emit_product
 from mptqc.graph.match import SITE_KEY, Attention, find_attentions
+from mptqc.graph.quantizer_nodes import Operand
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.plan import AttentionPlan, QuantPlan
 

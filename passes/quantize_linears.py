@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from mptqc.errors import PlanError
 from mptqc.graph.edit import Builder, remove_dead
-from mptqc.graph.emission import WEIGHT_BITS_KEY, Operand, QuantizerEmitter, emit_product
+from mptqc.graph.emission import WEIGHT_BITS_KEY, QuantizerEmitter, emit_product
 from mptqc.graph.match import SITE_KEY, Linear, find_linears
+from mptqc.graph.quantizer_nodes import Operand
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.plan import LayerPlan, QuantPlan
 from mptqc.reference.quantizers import quantize_weight, weight_limits

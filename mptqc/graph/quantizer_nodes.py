@@ -1,0 +1,167 @@
+"""One quantizer in standard ONNX, in the form that ONNX Runtime runs fastest.
+
+Uniform      QuantizeLinear (-> Clip)
+Two-region   q0 = QuantizeLinear(x, Δ) up to T;  q1 = QuantizeLinear(x, 2^m·Δ) from T on, clipped;
+             DequantizeLinear(q0) + DequantizeLinear(q1) -> QuantizeLinear(Δ)   (ORT: one QLinearAdd)
+
+Both give the reference's codes exactly.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mptqc.errors import PlanError
+from mptqc.graph.edit import Builder, is_op, scalar_of
+from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+
+CODES = 256
+"""How many codes an 8-bit container has."""
+
+# The smallest value each op can give: GELU's minimum is −0.16997 (erf) or −0.17004 (tanh).
+_LOWEST = {"Softmax": 0.0, "Sigmoid": 0.0, "Relu": 0.0, "Gelu": -0.1701}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one input of a product is quantized: `signed` asks for an int8 container instead of uint8."""
+
+    quantizer: ActivationQuantizer
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized value: x̂ = (codes − zero_point)·scale. `scale` and `zero_point` are scalar constants."""
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value
+
+
+def emit_quantizer(x: ir.Value, operand: Operand, build: Builder) -> Codes:
+    """Quantize `x`; the codes equal the reference's, shifted by a constant that the zero point carries."""
+    quantizer = operand.quantizer
+    scale = build.constant("scale", np.array(quantizer.scale, np.float32))
+    if isinstance(quantizer, TwoRegion):
+        return _emit_two_region(x, quantizer, scale, operand.signed, build)
+    low, high = -quantizer.zero_point, 2**quantizer.bits - 1 - quantizer.zero_point
+    fitted = _fit(low, high, _lowest_code(x, scale), operand.signed, centred=True)
+    codes, zero_point = _saturate(x, scale, fitted, operand.signed, build, "quantize")
+    return Codes(codes, scale, zero_point)
+
+
+def _emit_two_region(x: ir.Value, quantizer: TwoRegion, scale: ir.Value, signed: bool, build: Builder) -> Codes:
+    coarse = 2**quantizer.m
+    first = quantizer.split // coarse
+    coarse_scale = build.constant("scale_high", np.array(quantizer.scale * coarse, np.float32))
+    fit_low = _fit(-quantizer.zero_point, quantizer.split, _lowest_code(x, scale), signed)
+    fit_high = _fit(first, first + quantizer.high_codes, _lowest_code(x, coarse_scale), signed)
+    low, low_zero = _saturate(x, scale, fit_low, signed, build, "quantize_low")
+    high, _ = _saturate(x, coarse_scale, fit_high, signed, build, "quantize_high")
+    split_code = build.constant("split_code", _container(fit_high.zero_point + first, signed))
+    zero_point = build.constant("zero_point", _container(quantizer.zero_point + _bottom(signed), signed))
+    low_part = build.op("DequantizeLinear", [low, scale, low_zero], name="dequantize_low")
+    high_part = build.op("DequantizeLinear", [high, coarse_scale, split_code], name="dequantize_high")
+    total = build.op("Add", [low_part, high_part], name="join_regions")
+    codes = build.op("QuantizeLinear", [total, scale, zero_point], name="quantize")
+    for value in (low_part, high_part, total):
+        value.shape, value.dtype = x.shape, ir.DataType.FLOAT
+    codes.shape, codes.type = x.shape, zero_point.type
+    return Codes(codes, scale, zero_point)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Where a range of codes lies in the container: codes = round(x/Δ) + zero_point, then clipped to the limits."""
+
+    zero_point: int
+    minimum: int | None = None
+    maximum: int | None = None
+
+
+def _fit(low: int, high: int, lowest: int | None, signed: bool, *, centred: bool = False) -> _Fit:
+    """Place low..high so that QuantizeLinear's own saturation, which is free, does as much of the clipping as it can.
+
+    `lowest` is the smallest round(x/Δ) that can occur, if known.
+    """
+    at_bottom, at_top = _bottom(signed) - low, _bottom(signed) + CODES - 1 - high
+    in_the_middle = -((high - low + 1) // 2) - low
+    fills = high - low == CODES - 1
+    if _fits(at_top, signed) and (fills or (lowest is not None and lowest >= low)):
+        return _Fit(at_top)
+    if centred and signed:
+        # Small codes keep pairs of products within 16 bits on CPUs that add them there (AVX2 without VNNI).
+        return _Fit(in_the_middle, low + in_the_middle, high + in_the_middle)
+    if _fits(at_bottom, signed):
+        return _Fit(at_bottom, maximum=high + at_bottom)
+    return _Fit(at_top, minimum=low + at_top)
+
+
+def _saturate(
+    x: ir.Value, scale: ir.Value, fit: _Fit, signed: bool, build: Builder, name: str
+) -> tuple[ir.Value, ir.Value]:
+    """The codes of one range, and their zero point."""
+    zero_point = build.constant(f"{name}_zero_point", _container(fit.zero_point, signed))
+    codes = build.op("QuantizeLinear", [x, scale, zero_point], name=name)
+    codes.shape, codes.type = x.shape, zero_point.type
+    limits = [
+        None if limit is None else build.constant(f"{name}_{side}", _container(limit, signed))
+        for side, limit in (("minimum", fit.minimum), ("maximum", fit.maximum))
+    ]
+    if limits[1] is None:
+        limits.pop()
+    if limits == [None]:
+        return codes, zero_point
+    clipped = build.op("Clip", [codes, *limits], name=f"{name}_clip")
+    clipped.shape, clipped.type = codes.shape, codes.type
+    return clipped, zero_point
+
+
+def check_quantizer(quantizer: ActivationQuantizer, where: str) -> None:
+    """Refuse a quantizer whose codes do not fit 8 bits, or whose regions do not meet on the coarse grid.
+
+    Raises:
+        PlanError: as above; names `where` and the value at fault.
+    """
+    if isinstance(quantizer, Uniform):
+        if quantizer.zero_point >= 2**quantizer.bits:
+            raise PlanError(
+                f"{where}: zero point {quantizer.zero_point} is not a code of {quantizer.bits} bits "
+                f"(0 to {2**quantizer.bits - 1}); the plan is damaged"
+            )
+        return
+    if quantizer.high_codes < 1 or quantizer.top_code >= CODES:
+        raise PlanError(
+            f"{where}: a two-region quantizer of {quantizer.bits} bits with m = {quantizer.m} and "
+            f"{quantizer.low_codes} low codes reaches code {quantizer.top_code}; 8 bits hold 255: the plan is damaged"
+        )
+    if quantizer.split < 0 or quantizer.split % 2**quantizer.m:
+        raise PlanError(
+            f"{where}: the regions meet at {quantizer.split}Δ, which is not a multiple of 2^{quantizer.m} from 0 on; "
+            "the plan is damaged"
+        )
+
+
+def _bottom(signed: bool) -> int:
+    """The smallest code of the container."""
+    return -CODES // 2 if signed else 0
+
+
+def _container(number: int, signed: bool) -> NDArray[np.generic]:
+    """A scalar of the container's type."""
+    return np.array(number, np.int8 if signed else np.uint8)
+
+
+def _fits(zero_point: int, signed: bool) -> bool:
+    return 0 <= zero_point - _bottom(signed) < CODES
+
+
+def _lowest_code(x: ir.Value, scale: ir.Value) -> int | None:
+    """The smallest round(x/scale) that the op which makes `x` can lead to; None if it has no bound."""
+    node, step = x.producer(), scalar_of(scale)
+    if node is None or step is None or not is_op(node, *_LOWEST):
+        return None
+    return int(np.rint(np.float32(_LOWEST[node.op_type]) / np.float32(step)))
