@@ -65,7 +65,7 @@ def _print_table(rows: Sequence[runtime.BenchmarkRow], machine: dict[str, str | 
     first = rows[0]
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
-    for title in ("median ms", "p10..p90", "speedup", "MB", "int matmuls", "float matmuls"):
+    for title in ("median ms", "p10..p90", "speedup", "MB", "integer", "float"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
@@ -79,6 +79,7 @@ def _print_table(rows: Sequence[runtime.BenchmarkRow], machine: dict[str, str | 
         )
     console = Console(markup=False)
     console.print(table)
+    console.print("integer, float: matrix products that run in integers and in float", style="dim")
     console.print(
         f"batch {first.batch}, {first.threads or 'all'} thread(s), {first.provider}, {first.rounds} rounds, "
         f"{first.clock} time; {machine['processor']}, {machine['cores']} cores, onnxruntime {machine['onnxruntime']}",

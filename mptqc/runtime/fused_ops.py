@@ -16,6 +16,7 @@ from mptqc.runtime.session import Session, create_session
 
 INTEGER_MATMULS = frozenset(
     {
+        "ConvInteger",
         "DynamicQuantizeMatMul",
         "MatMulInteger",
         "MatMulIntegerToFloat",

@@ -188,7 +188,8 @@ def _create_cuda(source: bytes | str, described: str, options: ort.SessionOption
     try:
         # The CPU provider stays second: shape operators have no CUDA kernel.
         return _create(source, described, options, [(PROVIDERS["cuda"], dict(CUDA_OPTIONS)), PROVIDERS["cpu"]])
-    except RuntimeError as error:
+    except (RuntimeError, ModelError) as error:
+        _create(source, described, options, [PROVIDERS["cpu"]])  # a broken model raises here; else CUDA is at fault
         raise ProviderError(f"{_not_started('cuda')} ONNX Runtime says: {' '.join(str(error).split())}") from error
     finally:
         ort.set_default_logger_severity(ERROR_SEVERITY)

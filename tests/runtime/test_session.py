@@ -96,6 +96,33 @@ def test_silent_fallback_is_an_error(linear_path: Path, monkeypatch: pytest.Monk
         create_session(linear_path, provider="cuda")
 
 
+@pytest.fixture
+def cuda_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that fails as ONNX Runtime does where CUDA is installed and the GPU is not there."""
+    real = session_module.Session
+
+    def create(source, options, providers, enable_fallback):
+        if providers != ["CPUExecutionProvider"]:
+            raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+        return real(source, options, providers=providers)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(session_module, "Session", create)
+
+
+@pytest.mark.usefixtures("cuda_that_raises")
+def test_missing_device_is_told(linear_path: Path):
+    with pytest.raises(ProviderError, match="no CUDA-capable device is detected"):
+        create_session(linear_path, provider="cuda")
+
+
+@pytest.mark.usefixtures("cuda_that_raises")
+def test_broken_model_is_not_blamed_on_cuda(tmp_path: Path):
+    (tmp_path / "text.onnx").write_text("this is text")
+    with pytest.raises(ModelError, match="not an ONNX model"):
+        create_session(tmp_path / "text.onnx", provider="cuda")
+
+
 def test_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ModelError, match=r"nowhere\.onnx does not exist"):
         create_session(tmp_path / "nowhere.onnx")
