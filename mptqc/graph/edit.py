@@ -67,13 +67,14 @@ def set_initializer(node: ir.Node, index: int, array: NDArray[np.generic]) -> ir
     graph, old = node.graph, node.inputs[index]
     assert isinstance(graph, ir.Graph)
     assert old is not None
-    value = add_initializer(graph, str(old.name), array)
+    made_by_a_node = old.producer() is not None
+    value = add_initializer(graph, f"{old.name}/edited" if made_by_a_node else str(old.name), array)
     node.replace_input_with(index, value)
     return value
 
 
 class Builder:
-    """Appends new nodes just before an anchor node, in order."""
+    """Appends new nodes just before an anchor node, in order; names that the graph has already get a number."""
 
     def __init__(self, anchor: ir.Node, prefix: str) -> None:
         graph = anchor.graph
@@ -81,6 +82,7 @@ class Builder:
         self.graph = graph
         self._anchor = anchor
         self._prefix = prefix
+        self._taken = {node.name for node in graph} | {value.name for node in graph for value in node.outputs}
 
     def op(
         self,
@@ -106,8 +108,8 @@ class Builder:
         num_outputs: int = 1,
     ) -> ir.Node:
         """Insert one node and return it."""
-        label = f"{self._prefix}/{name or op_type}"
-        outputs = [ir.val(f"{label}_output{i or ''}") for i in range(num_outputs)]
+        label = self._unique(f"{self._prefix}/{name or op_type}")
+        outputs = [ir.val(self._unique(f"{label}_output{i or ''}")) for i in range(num_outputs)]
         node = ir.node(op_type, inputs, attributes or {}, domain=domain, outputs=outputs, name=label)
         self.graph.insert_before(self._anchor, node)
         return node
@@ -116,10 +118,23 @@ class Builder:
         """Register an initializer under the builder's prefix."""
         return add_initializer(self.graph, f"{self._prefix}/{name}", array, dtype)
 
+    def _unique(self, name: str) -> str:
+        unique, suffix = name, 0
+        while unique in self._taken:
+            suffix += 1
+            unique = f"{name}_{suffix}"
+        self._taken.add(unique)
+        return unique
+
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Make every reader of `old`, graph outputs included, read `new`; a graph output keeps its name."""
+    """Make every reader of `old`, graph outputs included, read `new`; a graph output keeps its name.
+
+    If `old` is a graph output, `new` must be made by a node and be none itself: a value has one name.
+    """
     if old.is_graph_output():
+        assert new.producer() is not None, f"{new.name} is no node's output, so it cannot be the output {old.name}"
+        assert not new.is_graph_output(), f"{new.name} is a graph output already, it cannot also be {old.name}"
         old.name, new.name = f"{old.name}_replaced", old.name
     new.shape = new.shape if new.shape is not None else old.shape
     new.type = new.type if new.type is not None else old.type
