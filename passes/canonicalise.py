@@ -7,18 +7,21 @@ from mptqc.passes.canonicalise_linear import CanonicaliseLinear
 from mptqc.passes.convert_opset import ConvertOpset
 from mptqc.passes.decompose_attention import DecomposeAttention
 from mptqc.passes.eliminate_identity import EliminateIdentity
+from mptqc.passes.freeze_shapes import FreezeShapes
 from mptqc.passes.fuse_gelu import FuseGelu
 from mptqc.passes.fuse_layer_norm import FuseLayerNorm
 from mptqc.passes.infer_shapes import InferShapes
 from mptqc.passes.lift_constants import LiftConstants
 from mptqc.passes.normalise_softmax import NormaliseSoftmax
 from mptqc.passes.simplify import Simplify
+from mptqc.passes.unflatten_linear import UnflattenLinear
 from mptqc.passes.unshare_weights import UnshareWeights
 
 CANONICAL_PASSES: tuple[Pass, ...] = (
+    ConvertOpset(),  # before the two that fold constants: they fold less at opset 13
+    FreezeShapes(),
     Simplify(),
     LiftConstants(),
-    ConvertOpset(),
     InferShapes(),
     DecomposeAttention(),
     EliminateIdentity(),
@@ -26,6 +29,7 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     FuseLayerNorm(),
     FuseGelu(),
     CanonicaliseLinear(),
+    UnflattenLinear(),
     UnshareWeights(),
     InferShapes(),
 )

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.graph.edit import Builder, constant_of, is_op, only_consumer, producer, remove_dead, replace_value
-from mptqc.graph.shapes import dims_of, equal_when_sizes_match, last_dim, rank_of
+from mptqc.graph.shapes import dims_of, rank_of
 from mptqc.passes.base import Pass, PassResult
 
 logger = logging.getLogger(__name__)
@@ -46,22 +46,20 @@ class LinearMatch:
 class CanonicaliseLinear(Pass):
     """Bring every Linear to MatMul and Add with explicit float32 initializers. One run is a fixpoint.
 
-    A product whose second operand is not a constant matrix is no Linear and stays as it is; so does a Reshape
-    that cannot be proved to keep the rows.
+    A product whose second operand is not a constant matrix is no Linear and stays as it is. Reshapes around a Linear
+    are left to UnflattenLinear.
     """
 
     name: ClassVar[str] = "canonicalise-linear"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite Linear by Linear, in graph order, then take away the Reshapes around them."""
+        """Find all, then rewrite one by one, in graph order."""
         edits = 0
         replaced: dict[ir.Value, ir.Value] = {}
         for match in find_linears(model.graph):
             if not _is_canonical(match):
                 replaced[match.output] = _rewrite(match, replaced)
                 edits += 1
-        for node in list(model.graph):
-            edits += int(_unwrap(node))
         if edits:
             remove_dead(model)
         return PassResult(model, edits)
@@ -183,41 +181,3 @@ def _rewrite(match: LinearMatch, replaced: dict[ir.Value, ir.Value]) -> ir.Value
     replace_value(match.output, new)
     logger.debug("rewrote %s", prefix)
     return new
-
-
-def _unwrap(node: ir.Node) -> bool:
-    """Reshape(x → [M, K]) → MatMul → Add → Reshape([M, N] → x's rows, N), to MatMul(x) → Add; True if done."""
-    inner = producer(node.inputs[0], "Reshape") if is_op(node, "MatMul") else None
-    weight = constant_of(node.inputs[1]) if inner is not None else None
-    add = only_consumer(node.outputs[0]) if inner is not None and weight is not None else None
-    if inner is None or weight is None or weight.ndim != 2 or add is None or not is_op(add, "Add"):
-        return False
-    outer = only_consumer(add.outputs[0])
-    x = inner.inputs[0]
-    bias = constant_of(add.inputs[1])
-    if outer is None or not is_op(outer, "Reshape") or x is None or bias is None or bias.ndim != 1:
-        return False
-    x_dims, joined, parted = dims_of(x), dims_of(inner.outputs[0]), _target_dims(outer)
-    if x_dims is None or parted is None or joined is None or len(joined) != 2 or len(x_dims) < 2:
-        return False
-    K, N = weight.shape
-    # The last axis is K on both sides of the inner Reshape and N on both sides of the outer one, so the two keep
-    # the rows' number; the row axes then agree if all but one of them are proved equal.
-    if last_dim(x) != K or parted[-1] != N or not equal_when_sizes_match(x_dims[:-1], parted[:-1]):
-        return False
-    node.replace_input_with(0, x)
-    for value in (node.outputs[0], add.outputs[0]):
-        value.shape = ir.Shape([*x_dims[:-1], N])
-    replace_value(outer.outputs[0], add.outputs[0])
-    return True
-
-
-def _target_dims(reshape: ir.Node) -> tuple[int | str | None, ...] | None:
-    inferred = dims_of(reshape.outputs[0])
-    target = constant_of(reshape.inputs[1])
-    if target is None or (target == 0).any():
-        return inferred
-    stated: tuple[int | str | None, ...] = tuple(int(size) if size > 0 else None for size in target)
-    if inferred is None or len(inferred) != len(stated):
-        return stated
-    return tuple(left if left is not None else right for left, right in zip(stated, inferred, strict=True))

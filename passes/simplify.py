@@ -13,10 +13,11 @@ from mptqc.passes.base import Pass, PassResult
 
 logger = logging.getLogger(__name__)
 
-# These build larger ops than the canonical form has, which later passes would only take apart again:
+# These build larger ops than the canonical form has, which later passes would only take apart again: flattened rows,
 # Gemm between two Reshapes, one MatMul and a Split for q, k and v, Attention; or they take the ½ of a GELU into
 # the convolution after it. Norms and GELU are fused by FuseLayerNorm and FuseGelu, which check the constants.
 SKIPPED_OPTIMIZERS = (
+    "eliminate_reshape_around_elementwise",
     "fuse_attention",
     "fuse_gelu",
     "fuse_gqa",

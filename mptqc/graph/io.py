@@ -41,6 +41,11 @@ def load_model(path: str | Path, *, convert_fp16: bool = False) -> ir.Model:
     proto = _read_proto(path)
     check_proto(proto, path)
     _check_external_data(proto, path)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path.name} is not valid ONNX: {first_line}; export it again") from error
     model = ir.from_proto(proto)
     _map_external_data(model, path)
     if model.functions:

@@ -210,6 +210,12 @@ def test_opset_in_range(write, opset):
     )
 
 
+def test_invalid_graph(write):
+    proto = proto_of()
+    proto.graph.node[0].input[0] = "nowhere"
+    refused(write(proto), "not valid ONNX", "nowhere")
+
+
 def test_two_float_inputs_are_named(write):
     text = "g (float[n,3] pixels, float[n,3] mask, int64 k) => (float[n,3] y) { y = Mul(pixels, mask) }"
     refused(write(proto_of(text)), "pixels", "mask", "2 float inputs")
