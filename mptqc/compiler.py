@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mptqc.analysis.compensate import compensate
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.planner import plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
@@ -28,6 +29,7 @@ from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
 from mptqc.passes.separate_projections import SeparateProjections
+from mptqc.passes.set_biases import SetBiases
 from mptqc.passes.stamp_sites import StampSites
 from mptqc.passes.unfold_patches import UnfoldPatches
 from mptqc.plan import QuantPlan
@@ -79,6 +81,8 @@ def compile_model(
     plan = plan_folds(model, concrete_shapes(model), used, plan, report)
     fold(model, plan)
     plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)
+    if recipe.compensation:
+        plan = compensate(model, concrete_shapes(model), used, plan, quantize, report)
     emit(model, plan)
     return Compiled(model, plan)
 
@@ -111,8 +115,8 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
     if not find_attentions(model):
         raise ModelError(
             f"{path} has no transformer block: looked for softmax(q·k)·v, with q, k and v computed from the "
-            f"image, and found none among {len(model.graph)} nodes ({len(find_convolutions(model))} of them convolutions). "
-            "mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
+            f"image, and found none among {len(model.graph)} nodes "
+            f"({len(find_convolutions(model))} of them convolutions). mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
         )
     for make in (UnfoldPatches, FoldAffine, SeparateProjections, PruneTokens, StampSites):
         make(concrete_shapes(model))(model)
@@ -125,9 +129,15 @@ def fold(model: ir.Model, plan: QuantPlan) -> None:
     run_passes(model, [FoldSmoothing(plan, shapes), FoldAttention(plan, shapes)])
 
 
+def quantize(model: ir.Model, plan: QuantPlan) -> None:
+    """Make what the plan names run in integers, in place; the model stays at stage smoothed."""
+    run_passes(model, [SetBiases(plan), QuantizeLinears(plan), QuantizeAttentions(plan)])
+
+
 def emit(model: ir.Model, plan: QuantPlan) -> None:
     """Smoothed to the plan's target, in place."""
-    passes: Sequence[Pass] = [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights()]
+    quantize(model, plan)
+    passes: Sequence[Pass] = [PackWeights()]
     if plan.recipe.target is Target.CPU:
         passes = [*passes, LowerToCpu()]
     run_passes(model, passes)

@@ -1,0 +1,120 @@
+"""Weights that make up for quantization, Linear by Linear: centred ridge, GPTQ, bias (METHOD, recipe step 6).
+
+    ridge   (XcᵀXc + λ·mean(diag)·I) ΔW = XcᵀRc,  R = target − (X̂W + b), λ by held-out rows
+    GPTQ    columns of H = XcᵀXc rounded one by one, the error of each spread over those to come, largest diagonal first
+    bias    b' = mean(target) − mean(X̂)·Ŵ
+
+X̂ [n, K]: the quantized input from the quantized path; target [n, N]: what the Linear should give.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mptqc.reference.quantizers import weight_limits
+
+Array = NDArray[np.float32]
+
+STRENGTHS = (0.02, 0.05, 0.2, 1.0, 5.0)
+DAMPING = 0.02
+BLOCK = 128
+SMALLEST = 1e-12
+
+
+@dataclass
+class Moments:
+    """Sums over rows as batches arrive: n, Σx [K], Σt [N], XᵀX [K, K], XᵀT [K, N]; float64."""
+
+    count: int
+    x: NDArray[np.float64]
+    t: NDArray[np.float64]
+    xx: NDArray[np.float64]
+    xt: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int) -> "Moments":
+        """No rows yet."""
+        return cls(0, np.zeros(inputs), np.zeros(outputs), np.zeros((inputs, inputs)), np.zeros((inputs, outputs)))
+
+    def add(self, x: Array, target: Array) -> None:
+        """Rows x [n, K] and target [n, N]."""
+        self.count += len(x)
+        self.x += x.sum(axis=0, dtype=np.float64)
+        self.t += target.sum(axis=0, dtype=np.float64)
+        self.xx += x.T @ x
+        self.xt += x.T @ target
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both sets of rows."""
+        return Moments(
+            self.count + other.count, self.x + other.x, self.t + other.t, self.xx + other.xx, self.xt + other.xt
+        )
+
+    @property
+    def hessian(self) -> NDArray[np.float64]:
+        """XcᵀXc/n, [K, K]."""
+        return (self.xx - np.outer(self.x, self.x) / self.count) / self.count
+
+    @property
+    def cross(self) -> NDArray[np.float64]:
+        """XcᵀTc/n, [K, N]."""
+        return (self.xt - np.outer(self.x, self.t) / self.count) / self.count
+
+
+def ridge(fit: Moments, held_out: Moments, weight: Array) -> Array:
+    """W + ΔW [K, N], ΔW solved on all rows, at the λ that does best on held-out rows when solved on the others.
+
+    With few rows for many inputs a weak λ fits noise: then a strong one, or none at all (ΔW = 0), wins.
+    """
+    losses = [(_loss(held_out, _ridge(fit, weight, strength)), strength) for strength in STRENGTHS]
+    best_loss, best = min(losses)
+    if best_loss >= _loss(held_out, weight):
+        return weight
+    return _ridge(fit + held_out, weight, best)
+
+
+def _ridge(moments: Moments, weight: Array, strength: float) -> Array:
+    hessian = moments.hessian
+    residual = moments.cross - hessian @ weight
+    regular = hessian + np.eye(len(hessian)) * (strength * np.trace(hessian) / len(hessian) + SMALLEST)
+    return (weight + np.linalg.solve(regular, residual)).astype(np.float32)
+
+
+def _loss(moments: Moments, weight: Array) -> float:
+    """E‖xcW − tc‖² less its part without W."""
+    return float(np.sum(weight * (moments.hessian @ weight - 2 * moments.cross)))
+
+
+def gptq(hessian: NDArray[np.float64], weight: Array, scale: Array, bits: int) -> NDArray[np.int8]:
+    """Codes [K, N] of W at fixed scales [N], minimising tr((Ŵ − W)ᵀH(Ŵ − W)) greedily; int8."""
+    low, high = weight_limits(bits)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    inverse = _inverse_factor(hessian[np.ix_(order, order)])
+    remaining = weight[order].astype(np.float32)
+    codes = np.empty(weight.shape, np.int8)
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        errors = np.empty((stop - start, weight.shape[1]), np.float32)
+        for row in range(start, stop):
+            code = np.clip(np.rint(remaining[row] / scale), low, high)
+            codes[order[row]] = code
+            error = (remaining[row] - code * scale) / inverse[row, row]
+            remaining[row:stop] -= np.outer(inverse[row, row:stop], error)
+            errors[row - start] = error
+        remaining[stop:] -= inverse[start:stop, stop:].T @ errors
+    return codes
+
+
+def _inverse_factor(hessian: NDArray[np.float64]) -> Array:
+    """Upper Cholesky factor U of (H + damping)⁻¹ = UᵀU; [K, K] float32."""
+    damped = hessian + np.eye(len(hessian)) * (DAMPING * np.trace(hessian) / len(hessian) + SMALLEST)
+    inverse = np.linalg.inv(damped)
+    factor: Array = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    return factor
+
+
+def refit_bias(moments: Moments, codes: NDArray[np.int8], scale: Array) -> Array:
+    """The bias that makes the mean output right, [N]."""
+    weight = codes.astype(np.float64) * scale
+    return ((moments.t - moments.x @ weight) / moments.count).astype(np.float32)
