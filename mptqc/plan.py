@@ -21,6 +21,8 @@ from mptqc.recipe import Bits, Recipe
 
 PLAN_FORMAT = 1
 
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class Frozen(BaseModel):
     """Immutable, compared by value, no unknown keys."""
@@ -33,7 +35,7 @@ class Uniform(Frozen):
 
     kind: Literal["uniform"] = "uniform"
     bits: Bits
-    scale: Annotated[float, Field(gt=0)]
+    scale: Scale
     zero_point: Annotated[int, Field(ge=0, le=255)]
 
 
@@ -45,7 +47,7 @@ class TwoRegion(Frozen):
 
     kind: Literal["two-region"] = "two-region"
     bits: Bits
-    scale: Annotated[float, Field(gt=0)]
+    scale: Scale
     zero_point: Annotated[int, Field(ge=0, le=255)]
     m: Annotated[int, Field(ge=1, le=7)]
     low_codes: Annotated[int, Field(ge=1, le=255)]
@@ -95,7 +97,7 @@ class NormFold(Frozen):
 
 
 class AttentionFold(Frozen):
-    """Folds through one attention. Arrays, each [heads, d]: `<site>/k_shift`, `/v_shift`, `/qk_scale`, `/v_scale`.
+    """Folds through one attention. Arrays [heads·d]: `<site>/k_shift`, `/v_shift`, `/qk_scale`, `/v_scale`.
 
     k' = (k − k_shift)·qk_scale, q' = q/qk_scale, v' = (v − v_shift)/v_scale.
     """
@@ -129,15 +131,43 @@ class QuantPlan(Frozen):
         """A plan with these arrays added or replaced."""
         return self.model_copy(update={"arrays": {**self.arrays, **arrays}})
 
-    def array(self, key: str) -> NDArray[np.float32]:
-        """One float32 array.
+    def __eq__(self, other: object) -> bool:
+        """Compare everything, arrays by dtype, shape and bytes (so that NaN equals itself)."""
+        if not isinstance(other, QuantPlan) or self.arrays.keys() != other.arrays.keys():
+            return False
+        if self.model_dump() != other.model_dump():
+            return False
+        pairs = ((array, other.arrays[key]) for key, array in self.arrays.items())
+        return all(
+            one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes() for one, two in pairs
+        )
+
+    def array(self, key: str, shape: tuple[int, ...] | None = None) -> NDArray[np.float32]:
+        """One float32 array, of this shape if one is given.
 
         Raises:
-            PlanError: the plan has no such array.
+            PlanError: the plan has no such array, or it has another shape.
         """
         if key not in self.arrays:
             raise PlanError(f"the plan has no array {key!r}; its .safetensors file belongs to another plan")
-        return self.arrays[key].astype(np.float32, copy=False)
+        array = self.arrays[key].astype(np.float32, copy=False)
+        if shape is not None and array.shape != shape:
+            raise PlanError(
+                f"the plan's array {key!r} has shape {array.shape}, the model needs {shape}; the plan belongs to "
+                "another model"
+            )
+        return array
+
+    def scales(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """One float32 array of scales.
+
+        Raises:
+            PlanError: as `array`, or a scale is not above zero.
+        """
+        array = self.array(key, shape)
+        if not (np.isfinite(array) & (array > 0)).all():
+            raise PlanError(f"the plan's array {key!r} holds scales that are not above zero; it is damaged")
+        return array
 
 
 def save_plan(plan: QuantPlan, path: Path) -> None:

@@ -21,14 +21,25 @@ class Stage(StrEnum):
 
     RAW = "raw"
     CANONICAL = "canonical"
+    NORMS_SMOOTHED = "norms-smoothed"
     SMOOTHED = "smoothed"
     QUANTIZED = "quantized"
     LOWERED = "lowered"
 
 
 def stage_of(model: ir.Model) -> Stage:
-    """Return the stage recorded in the model's metadata (`raw` for a model that mptqc has not touched)."""
-    return Stage(model.metadata_props.get(STAGE_KEY, Stage.RAW))
+    """Return the stage recorded in the model's metadata (`raw` for a model that mptqc has not touched).
+
+    Raises:
+        StageError: the metadata holds a stage that this version does not know.
+    """
+    recorded = model.metadata_props.get(STAGE_KEY, Stage.RAW)
+    if recorded not in set(Stage):
+        raise StageError(
+            f"the model's metadata says {STAGE_KEY} = {recorded!r}; the known stages are {', '.join(Stage)}. "
+            "Compile from the original float model"
+        )
+    return Stage(recorded)
 
 
 class StageError(MptqcError):

@@ -28,7 +28,7 @@ class FoldAttention(Pass):
     """Fold the plan's q, k and v shifts and scales."""
 
     name: ClassVar[str] = "fold-attention"
-    requires: ClassVar[tuple[Stage, ...]] = (Stage.CANONICAL,)
+    requires: ClassVar[tuple[Stage, ...]] = (Stage.NORMS_SMOOTHED,)
     ensures: ClassVar[Stage | None] = Stage.SMOOTHED
     plan: QuantPlan
     shapes: Shapes
@@ -37,7 +37,7 @@ class FoldAttention(Pass):
         """Fold every planned attention.
 
         Raises:
-            PlanError: a planned attention is not in the model.
+            PlanError: a planned attention is not in the model, or its arrays do not fit it.
             RefusalError: an operand of a planned attention has another reader.
         """
         attentions = {attention.site: attention for attention in find_attentions(model)}
@@ -48,23 +48,40 @@ class FoldAttention(Pass):
             (fold.site, attention_projections(attentions[fold.site], model, self.shapes))
             for fold in self.plan.attention_folds
         ]
-        for site, projections in found:
-            self._fold(site, projections)
+        folds = [(projections, self._vectors(site, projections)) for site, projections in found]
+        for projections, vectors in folds:
+            _fold(projections, vectors)
         remove_dead(model)
         return PassResult(model, len(found))
 
-    def _fold(self, site: str, projections: Projections) -> None:
-        k_shift, v_shift, qk_scale, v_scale = (
-            self.plan.array(f"{site}/{key}").astype(np.float64) for key in ("k_shift", "v_shift", "qk_scale", "v_scale")
+    def _vectors(self, site: str, projections: Projections) -> "Vectors":
+        width = (projections.heads * projections.head_size,)
+        return Vectors(
+            self.plan.array(f"{site}/k_shift", width).astype(np.float64),
+            self.plan.array(f"{site}/v_shift", width).astype(np.float64),
+            self.plan.scales(f"{site}/qk_scale", width).astype(np.float64),
+            self.plan.scales(f"{site}/v_scale", width).astype(np.float64),
         )
-        zero = np.zeros_like(k_shift)
-        _transform_outputs(projections.q, zero, 1.0 / qk_scale)
-        _transform_outputs(projections.k, k_shift, qk_scale)
-        _transform_outputs(projections.v, v_shift, 1.0 / v_scale)
-        proj = projections.proj
-        weight = proj.weight.astype(np.float64)
-        set_initializer(proj.add, proj.bias_index, (proj.bias + v_shift @ weight).astype(np.float32))
-        set_initializer(proj.matmul, 1, (v_scale[:, None] * weight).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """b_k, b_v, t and s of one attention, [heads·head_size] each."""
+
+    k_shift: NDArray[np.float64]
+    v_shift: NDArray[np.float64]
+    qk_scale: NDArray[np.float64]
+    v_scale: NDArray[np.float64]
+
+
+def _fold(projections: Projections, vectors: Vectors) -> None:
+    _transform_outputs(projections.q, np.zeros_like(vectors.k_shift), 1.0 / vectors.qk_scale)
+    _transform_outputs(projections.k, vectors.k_shift, vectors.qk_scale)
+    _transform_outputs(projections.v, vectors.v_shift, 1.0 / vectors.v_scale)
+    proj = projections.proj
+    weight = proj.weight.astype(np.float64)
+    set_initializer(proj.add, proj.bias_index, (proj.bias + vectors.v_shift @ weight).astype(np.float32))
+    set_initializer(proj.matmul, 1, (vectors.v_scale[:, None] * weight).astype(np.float32))
 
 
 def _transform_outputs(linear: Linear, shift: NDArray[np.float64], scale: NDArray[np.float64]) -> None:

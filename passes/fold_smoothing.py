@@ -27,6 +27,7 @@ class FoldSmoothing(Pass):
 
     name: ClassVar[str] = "fold-smoothing"
     requires: ClassVar[tuple[Stage, ...]] = (Stage.CANONICAL,)
+    ensures: ClassVar[Stage | None] = Stage.NORMS_SMOOTHED
     plan: QuantPlan
     shapes: Shapes
 
@@ -34,21 +35,24 @@ class FoldSmoothing(Pass):
         """Fold every planned norm.
 
         Raises:
-            PlanError: a planned norm is not in the model.
+            PlanError: a planned norm is not in the model, or its arrays do not fit it.
             RefusalError: a reader of a planned norm cannot be compensated.
         """
         norms = {norm.site: norm for norm in find_norms(model)}
         missing = [fold.site for fold in self.plan.norm_folds if fold.site not in norms]
         if missing:
             raise PlanError(f"the plan smooths {', '.join(missing)}, which the model does not have")
-        found = [
-            (norms[fold.site], norm_readers(norms[fold.site], model, self.shapes)) for fold in self.plan.norm_folds
-        ]
-        for norm, linears in found:
-            scale = self.plan.array(f"{norm.site}/scale").astype(np.float64)
-            shift = self.plan.array(f"{norm.site}/shift").astype(np.float64)
+        folded = [norms[fold.site] for fold in self.plan.norm_folds]
+        found = [(norm, norm_readers(norm, model, self.shapes), *self._vectors(norm)) for norm in folded]
+        for norm, linears, scale, shift in found:
             _fold(norm, linears, scale, shift)
         return PassResult(model, len(found))
+
+    def _vectors(self, norm: Norm) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """s and b, [C]."""
+        width = norm.gamma.shape
+        scale = self.plan.scales(f"{norm.site}/scale", width)
+        return scale.astype(np.float64), self.plan.array(f"{norm.site}/shift", width).astype(np.float64)
 
 
 def _fold(norm: Norm, linears: list[Linear], scale: NDArray[np.float64], shift: NDArray[np.float64]) -> None:
