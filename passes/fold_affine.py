@@ -96,7 +96,9 @@ def find_score_scale(node: ir.Node, shapes: Shapes) -> Affine | None:
     if product is None or only_consumer(parts[0]) is not node or constant_of(product.inputs[1]) is not None:
         return None
     q = product.inputs[0]
-    if q is None or q.name not in shapes or parts[0].name not in shapes:
+    if q is None or q is product.inputs[1] or q.name not in shapes:
+        return None
+    if shapes.get(str(parts[0].name)) != shapes.get(str(node.outputs[0].name)):
         return None
     moved = trace(q, shapes)
     linear = match_linear_output(moved.source)
@@ -120,7 +122,7 @@ def _split_operands(node: ir.Node) -> tuple[ir.Value, NDArray[np.float64]] | Non
         return None
     constant = constant_of(right)
     if constant is not None:
-        return left, constant.astype(np.float64)
+        return None if is_op(node, "Div") and not constant.all() else (left, constant.astype(np.float64))
     constant = constant_of(left)
     if constant is None or is_op(node, "Div", "Sub"):
         return None

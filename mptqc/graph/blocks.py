@@ -4,10 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from mptqc.errors import RefusalError
+from mptqc.graph.edit import constant_of, is_op, only_consumer
 from mptqc.graph.layout import Shapes, readers, trace
 from mptqc.graph.match import Attention, Linear, Norm, find_linears, match_linear_output
+
+MASK_FILL = -1e4
+"""Softmax in float32 gives exactly 0 to what is filled with this or less, beside scores of any sane size."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ def attention_projections(attention: Attention, model: ir.Model, shapes: Shapes)
     """The four Linears around an attention, if every channel of q, k, v and the context is read by it alone.
 
     Raises:
-        RefusalError: an operand is not a Linear's output in (head, channel) order, or has another reader.
+        RefusalError: an operand is not a Linear's output in (head, channel) order, or has another reader; or what lies
+            between the scores and their softmax would not cancel a constant added to a row.
     """
+    _check_score_path(attention, shapes)
     made = {}
     layouts = (("q", attention.q, (0, 2, 1, 3)), ("k", attention.k, (0, 3, 1, 2)), ("v", attention.v, (0, 2, 1, 3)))
     for letter, value, to_source in layouts:
@@ -72,3 +79,44 @@ def attention_projections(attention: Attention, model: ir.Model, shapes: Shapes)
     if not np.array_equal(read[0].trace.index.reshape(-1), straight.transpose(0, 2, 1, 3).reshape(-1)):
         raise RefusalError(f"{proj.site} reads the context of {attention.site} in another order than (head, channel)")
     return Projections(made["q"], made["k"], made["v"], proj, heads, head_size)
+
+
+def _check_score_path(attention: Attention, shapes: Shapes) -> None:
+    """Adding a constant to a row of scores must only add a constant to the same row that softmax sees.
+
+    Raises:
+        RefusalError: it does not, or the scores are read elsewhere too.
+    """
+    value = attention.scores.outputs[0]
+    while (node := only_consumer(value)) is not attention.softmax:
+        if node is None:
+            raise RefusalError(f"the scores of {attention.site} have another reader")
+        others = [constant_of(other) for other in node.inputs if other is not value]
+        result = node.outputs[0]
+        allowed = (
+            is_op(node, "Add")
+            or (is_op(node, "Sub", "Div", "Mul") and _keeps_rows(node, value, others))
+            or (is_op(node, "Where") and _only_masks(node, value))
+            or (is_op(node, "Reshape") and shapes[str(value.name)][-1] == shapes[str(result.name)][-1])
+        )
+        if not allowed:
+            raise RefusalError(
+                f"{node.op_type} {node.name}, between the scores of {attention.site} and its softmax, treats the keys "
+                "differently: a shift of K would not cancel"
+            )
+        value = result
+
+
+def _keeps_rows(node: ir.Node, value: ir.Value, others: list[NDArray[np.generic] | None]) -> bool:
+    """True for value − x, and for value·c and value/c with c constant along the row."""
+    if node.inputs[0] is not value and not is_op(node, "Mul"):
+        return False
+    if is_op(node, "Sub"):
+        return True
+    return all(other is not None and (other.ndim == 0 or other.shape[-1] == 1) for other in others)
+
+
+def _only_masks(node: ir.Node, value: ir.Value) -> bool:
+    """True if Where puts a very negative constant in the place of some scores."""
+    fill = constant_of(node.inputs[1 if node.inputs[2] is value else 2])
+    return fill is not None and bool((fill.astype(np.float64) <= MASK_FILL).all())

@@ -113,8 +113,11 @@ def _move(node: ir.Node, value: ir.Value, index: NDArray[np.int64], shapes: Shap
             return np.transpose(index, None if permutation is None else tuple(permutation.as_ints()))
         case "Split":
             axis = _attribute(node, "axis", 0)
-            sizes = [shapes[_name(out)][axis] for out in node.outputs]
-            return np.split(index, np.cumsum(sizes)[:-1], axis=axis)[node.outputs.index(value)]
+            before = node.outputs[: node.outputs.index(value)]
+            if any(_name(out) not in shapes for out in before):
+                return None
+            start = sum(shapes[_name(out)][axis] for out in before)
+            return np.take(index, range(start, start + shapes[_name(value)][axis]), axis=axis)
         case "Gather":
             chosen = constant_of(node.inputs[1])
             return None if chosen is None else np.take(index, chosen.astype(np.int64), axis=_attribute(node, "axis", 0))

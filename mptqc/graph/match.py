@@ -207,21 +207,22 @@ def match_linear_output(value: ir.Value) -> Linear | None:
 
 
 def find_norms(model: ir.Model) -> list[Norm]:
-    """Every LayerNormalization with constant γ and β, in graph order."""
+    """Every LayerNormalization with constant γ and β along the last axis alone, in graph order."""
     return [
         Norm(node)
         for node in model.graph
         if is_op(node, "LayerNormalization")
         and len(node.inputs) > 2
-        and constant_of(node.inputs[1]) is not None
-        and constant_of(node.inputs[2]) is not None
+        and all(array is not None and array.ndim == 1 for array in map(constant_of, node.inputs[1:3]))
     ]
 
 
 def find_convolutions(model: ir.Model) -> list[Convolution]:
-    """Every Conv with constant weights, in graph order."""
+    """Every Conv with constant weights and, if it has one, bias, in graph order."""
     return [
-        Convolution(node) for node in model.graph if is_op(node, "Conv") and constant_of(node.inputs[1]) is not None
+        Convolution(node)
+        for node in model.graph
+        if is_op(node, "Conv") and all(value is None or constant_of(value) is not None for value in node.inputs[1:])
     ]
 
 
@@ -231,8 +232,8 @@ def find_attentions(model: ir.Model) -> list[Attention]:
 
 
 def match_attention(softmax: ir.Node) -> Attention | None:
-    """The attention around this Softmax, or None."""
-    if not is_op(softmax, "Softmax"):
+    """The attention around this Softmax (over the last axis, as `NormaliseSoftmax` writes it), or None."""
+    if not is_op(softmax, "Softmax") or softmax.attributes.get_int("axis", -1) != -1:
         return None
     context = only_consumer(softmax.outputs[0])
     if not is_op(context, "MatMul") or context is None or context.inputs[0] is not softmax.outputs[0]:
