@@ -116,7 +116,8 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
         raise ModelError(
             f"{path} has no transformer block: looked for softmax(q·k)·v, with q, k and v computed from the "
             f"image, and found none among {len(model.graph)} nodes "
-            f"({len(find_convolutions(model))} of them convolutions). mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
+            f"({len(find_convolutions(model))} of them convolutions). "
+            "mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
         )
     for make in (UnfoldPatches, FoldAffine, SeparateProjections, PruneTokens, StampSites):
         make(concrete_shapes(model))(model)

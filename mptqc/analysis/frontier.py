@@ -5,6 +5,8 @@ soon as its input is known, and what follows then sees the quantized output.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -17,13 +19,15 @@ from mptqc.runtime.session import create_session
 
 Array = NDArray[np.generic]
 
+MEMORY_BYTES = 800_000_000
+
 
 class Frontier:
     """Values of all batches at the edge of what has run.
 
     Args:
         model: the graph; may be edited between calls of `advance`, downstream of what has run.
-        samples: calibration images; all live values of all images are held in memory.
+        samples: calibration images; live values of all images are kept, above `MEMORY_BYTES` in files.
         batch: images a batch; a fixed batch in the model wins, and its last batch is filled up by repeating.
     """
 
@@ -34,10 +38,13 @@ class Frontier:
         self._image = str(graph_input.name)
         fixed = graph_input.shape[0]
         size = fixed if isinstance(fixed, int) else batch
-        self._values: list[dict[str, Array]] = []
+        self._values: list[dict[str, Array | Path]] = []
+        self._folder = TemporaryDirectory(prefix="mptqc-")
+        self._held = 0
+        self._written = 0
         for images in samples.batches(size):
             whole = np.resize(images, (size, *images.shape[1:])) if isinstance(fixed, int) else images
-            self._values.append({self._image: whole})
+            self._values.append({self._image: self._keep(whole)})
         self._run: set[ir.Node] = set()
 
     @property
@@ -47,7 +54,8 @@ class Frontier:
 
     def value(self, name: str, batch: int) -> Array:
         """A live value of one batch."""
-        return self._values[batch][name]
+        kept = self._values[batch][name]
+        return np.load(kept) if isinstance(kept, Path) else kept
 
     def advance(self, targets: Sequence[ir.Value]) -> None:
         """Run what the targets need and keep them, with all else that later nodes read."""
@@ -70,9 +78,9 @@ class Frontier:
             if value is not None and value.name in known
         }
         session = create_session(self._piece(nodes, list(inputs), list(outputs)))
-        for values in self._values:
-            found = session.run(list(outputs), {name: values[name] for name in inputs})
-            values.update(zip(outputs, found, strict=True))
+        for batch, values in enumerate(self._values):
+            found = session.run(list(outputs), {name: self.value(name, batch) for name in inputs})
+            values.update({name: self._keep(array) for name, array in zip(outputs, found, strict=True)})
 
     def _missing(self, targets: Sequence[ir.Value], known: set[str]) -> list[ir.Node]:
         """Nodes between what is known and the targets, in graph order."""
@@ -101,7 +109,7 @@ class Frontier:
             tensor.name = name
             graph.initializer.append(tensor)
         for name in inputs:
-            array = self._values[0][name]
+            array = self.value(name, 0)
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             dims = [f"{name}.{axis}" for axis in range(array.ndim)]
             graph.input.append(onnx.helper.make_tensor_value_info(name, kind, dims))
@@ -119,4 +127,20 @@ class Frontier:
                 needed.update(str(value.name) for value in node.inputs if value is not None)
         for values in self._values:
             for name in [name for name in values if name not in needed]:
-                del values[name]
+                self._forget(values.pop(name))
+
+    def _keep(self, array: Array) -> Array | Path:
+        """The array itself while there is room in memory, else the file it was written to."""
+        if self._held + array.nbytes <= MEMORY_BYTES:
+            self._held += array.nbytes
+            return array
+        self._written += 1
+        path = Path(self._folder.name) / f"{self._written}.npy"
+        np.save(path, array)
+        return path
+
+    def _forget(self, kept: Array | Path) -> None:
+        if isinstance(kept, Path):
+            kept.unlink()
+        else:
+            self._held -= kept.nbytes
