@@ -48,7 +48,8 @@ class FoldAffine(Pass):
                 continue
             _apply(affine)
             edits += 1
-        remove_dead(model)
+        if edits:
+            remove_dead(model)
         return PassResult(model, edits)
 
 

@@ -51,8 +51,9 @@ class FoldAttention(Pass):
         folds = [(projections, self._vectors(site, projections)) for site, projections in found]
         for projections, vectors in folds:
             _fold(projections, vectors)
-        remove_dead(model)
-        return PassResult(model, len(found))
+        if folds:
+            remove_dead(model)
+        return PassResult(model, len(folds))
 
     def _vectors(self, site: str, projections: Projections) -> "Vectors":
         width = (projections.heads * projections.head_size,)

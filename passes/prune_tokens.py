@@ -54,7 +54,8 @@ class PruneTokens(Pass):
                 _narrow(node, partial[output], partial, self.shapes, cuts)
             else:
                 _renumber(node, partial, self.shapes)
-        remove_dead(model)
+        if partial:
+            remove_dead(model)
         return PassResult(model, len(partial))
 
 
@@ -191,11 +192,13 @@ def _narrow(
             narrowed = target.copy()
             narrowed[TOKEN_AXIS] = len(tokens.positions)
             set_initializer(node, 1, narrowed)
-    output = node.outputs[0]
-    if output.shape is not None:
-        output.shape = ir.Shape(
-            [len(tokens.positions) if axis == tokens.axis else dim for axis, dim in enumerate(output.shape)]
-        )
+    node.outputs[0].shape = _narrow_shape(node.outputs[0], tokens)
+
+
+def _narrow_shape(value: ir.Value, tokens: Tokens) -> ir.Shape | None:
+    if value.shape is None:
+        return None
+    return ir.Shape([len(tokens.positions) if axis == tokens.axis else dim for axis, dim in enumerate(value.shape)])
 
 
 def _cut(operand: ir.Value, wanted: Tokens, held: Tokens | None, reader: ir.Node) -> ir.Value:
@@ -209,9 +212,12 @@ def _cut(operand: ir.Value, wanted: Tokens, held: Tokens | None, reader: ir.Node
     if positions[-1] - positions[0] + 1 == len(positions):
         bounds = {"starts": positions[0], "ends": positions[-1] + 1, "axes": wanted.axis}
         inputs = [build.constant(name, np.array([bound], np.int64)) for name, bound in bounds.items()]
-        return build.op("Slice", [operand, *inputs])
-    indices = build.constant("indices", positions.astype(np.int64))
-    return build.op("Gather", [operand, indices], {"axis": wanted.axis})
+        cut = build.op("Slice", [operand, *inputs])
+    else:
+        indices = build.constant("indices", positions.astype(np.int64))
+        cut = build.op("Gather", [operand, indices], {"axis": wanted.axis})
+    cut.shape, cut.type = _narrow_shape(operand, wanted), operand.type
+    return cut
 
 
 def _renumber(node: ir.Node, partial: Mapping[ir.Value, Tokens], shapes: Shapes) -> None:
@@ -221,6 +227,8 @@ def _renumber(node: ir.Node, partial: Mapping[ir.Value, Tokens], shapes: Shapes)
     if chosen is None or data is None or data not in partial:
         return
     positions = np.searchsorted(partial[data].positions, chosen).astype(np.int64)
+    if is_op(node, "Gather") and np.array_equal(positions, chosen):
+        return
     if is_op(node, "Gather"):
         set_initializer(node, 1, positions)
     elif np.array_equal(positions, np.arange(len(partial[data].positions))):

@@ -47,7 +47,8 @@ class SeparateProjections(Pass):
         found = find_projections(model, self.shapes)
         for projection in found:
             _rebuild(projection)
-        remove_dead(model)
+        if found:
+            remove_dead(model)
         return PassResult(model, len(found))
 
 

@@ -39,7 +39,8 @@ class UnfoldPatches(Pass):
         found = find_patch_embeddings(model, self.shapes)
         for embedding in found:
             _unfold(embedding, self.shapes)
-        remove_dead(model)
+        if found:
+            remove_dead(model)
         return PassResult(model, len(found))
 
 
