@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from mptqc.analysis.fidelity import POOREST, Fidelity
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.verify import VerifyReport, verify_compiled
 from mptqc.compiler import Compiled, apply_plan, compile_model, silent
@@ -20,12 +21,41 @@ from mptqc.recipe import make_recipe
 
 
 @dataclass(frozen=True)
+class CompileReport:
+    """What is known of a compiled model.
+
+    Attributes:
+        fidelity: SQNR against float on calibration images, in all and per Linear; None after `apply`.
+        checks: integer execution and equality with the numpy reference; None if not verified.
+    """
+
+    fidelity: Fidelity | None
+    checks: VerifyReport | None
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = []
+        if self.checks is not None:
+            lines.append(
+                f"verified: {self.checks.integer_products} products run in integers, {self.checks.float_products} in "
+                "floats; all equal the numpy reference"
+            )
+        if self.fidelity is not None and self.fidelity.sqnr_db is not None:
+            poorest = ", ".join(f"{site} {rate:.1f} dB" for site, rate in self.fidelity.sites[:POOREST])
+            lines.append(
+                f"SQNR against float on {self.fidelity.images} calibration images: {self.fidelity.sqnr_db:.1f} dB; "
+                f"poorest Linears: {poorest}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class CompileResult:
-    """What `compile` gives: the integer model, the plan that rebuilds it, and what was verified of it."""
+    """What `compile` gives: the integer model, the plan that rebuilds it, and what was found out about it."""
 
     model: ir.Model
     plan: QuantPlan
-    report: VerifyReport | None
+    report: CompileReport
 
     def save(self, path: str | Path, plan_path: str | Path | None = None) -> None:
         """Write the model, and the plan (with its .safetensors beside it) if a path is given.
@@ -85,7 +115,7 @@ def apply(model: str | Path, plan: str | Path, *, convert_fp16: bool = False) ->
         PlanError: the plan is damaged or was made for another model.
     """
     compiled = apply_plan(Path(model), load_plan(Path(plan)), convert_fp16=convert_fp16)
-    return CompileResult(compiled.model, compiled.plan, None)
+    return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
 
 
 def open_samples(
@@ -132,9 +162,9 @@ def check_output(path: Path) -> None:
 
 def _checked(compiled: Compiled, samples: Samples, *, verify: bool, report: Progress) -> CompileResult:
     if not verify:
-        return CompileResult(compiled.model, compiled.plan, None)
+        return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, None))
     report("verify", 0, 1)
     batch = next(iter(samples.batches(1)))
     found = verify_compiled(compiled.model, compiled.plan, batch)
     report("verify", 1, 1)
-    return CompileResult(compiled.model, compiled.plan, found)
+    return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, found))

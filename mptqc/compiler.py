@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mptqc.analysis.compensate import compensate
+from mptqc.analysis.fidelity import Fidelity, measure_fidelity
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.planner import plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
@@ -41,10 +42,11 @@ PREPROCESS_KEY = "mptqc.preprocess"
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model and the plan that made it."""
+    """A compiled model, the plan that made it and, if it was compiled just now, how near it is to the float model."""
 
     model: ir.Model
     plan: QuantPlan
+    fidelity: Fidelity | None = None
 
 
 def silent(step: str, done: int, total: int) -> None:
@@ -83,8 +85,10 @@ def compile_model(
     plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)
     if recipe.compensation:
         plan = compensate(model, concrete_shapes(model), used, plan, quantize, report)
+    smoothed = ir.from_proto(ir.to_proto(model))
     emit(model, plan)
-    return Compiled(model, plan)
+    report("compare with float", 0, 1)
+    return Compiled(model, plan, measure_fidelity(smoothed, model, used, recipe.seed))
 
 
 def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Compiled:

@@ -136,7 +136,8 @@ def _collect(
         target = exact @ weight + bias
         if residual is not None:
             before = exact_side.value(str(_stream(linear, residual).name), batch).astype(np.float32)
-            drift = before - quantized_side.value(str(_stream(twin, residual).name), batch)
+            after = quantized_side.value(str(_stream(twin, residual).name), batch).astype(np.float32)
+            drift = before - after
             target.reshape(len(drift), -1)[:, residual.index] += drift.reshape(len(drift), -1)
         (held_out if batch % HOLD_OUT == HOLD_OUT - 1 else fit).add(quantized, target)
     return fit, held_out

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mptqc.data.samples import Samples
 from mptqc.graph.edit import constant_of
-from mptqc.runtime.session import create_session
+from mptqc.runtime.session import create_session, run_arrays
 
 Array = NDArray[np.generic]
 
@@ -79,7 +79,7 @@ class Frontier:
         }
         session = create_session(self._piece(nodes, list(inputs), list(outputs)))
         for batch, values in enumerate(self._values):
-            found = session.run(list(outputs), {name: self.value(name, batch) for name in inputs})
+            found = run_arrays(session, list(outputs), {name: self.value(name, batch) for name in inputs})
             values.update({name: self._keep(array) for name, array in zip(outputs, found, strict=True)})
 
     def _missing(self, targets: Sequence[ir.Value], known: set[str]) -> list[ir.Node]:

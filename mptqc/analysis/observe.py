@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mptqc.data.samples import Samples
 from mptqc.graph.layout import trace
 from mptqc.graph.match import Attention
-from mptqc.runtime.session import create_session
+from mptqc.runtime.session import create_session, run_arrays
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -105,7 +105,8 @@ class _SliceCollector:
     heads: list[NDArray[np.int64]] = field(default_factory=list)
     seen: int = 0
 
-    def add(self, q: Array, k: Array, p: Array, v: Array, images: int) -> None:
+    def add(self, operands: tuple[Array, Array, Array, Array], images: int) -> None:
+        q, k, p, v = operands
         self.seen += images
         due = round(self.wanted * self.seen / self.total_images) - sum(len(heads) for heads in self.heads)
         slices = int(np.prod(q.shape[:-2]))
@@ -158,7 +159,8 @@ def observe(
         for name, row_collector in row_collectors.items():
             row_collector.add(found[name], images)
         for site, slice_collector in slice_collectors.items():
-            slice_collector.add(*(found[name] for name in operands[site]), images=images)
+            q, k, p, v = (found[name] for name in operands[site])
+            slice_collector.add((q, k, p, v), images)
         done += images
         report("observe", done, samples.count)
     return Observations(
@@ -190,7 +192,7 @@ def run_batches(
         count = len(images)
         if isinstance(fixed, int) and count < fixed:
             images = np.resize(images, (fixed, *images.shape[1:]))
-        found = session.run(list(outputs), {str(graph_input.name): images})
+        found = run_arrays(session, outputs, {str(graph_input.name): images})
         yield dict(zip(outputs, found, strict=True)), len(images)
 
 

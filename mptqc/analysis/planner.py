@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mptqc.analysis.observe import Observations, Progress, observe, origin
 from mptqc.analysis.ranges import search_attention, search_linear_input
 from mptqc.analysis.smoothing import plan_attention, plan_norm
-from mptqc.analysis.weights import search_weight_scale, second_moment
+from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
 from mptqc.data.samples import Samples
 from mptqc.errors import RefusalError
 from mptqc.graph.blocks import Projections, attention_projections, norm_readers
@@ -141,8 +141,6 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
 
 def _weight_scale(linear: Linear, bits: int, recipe: Recipe, moment: NDArray[np.float32] | None) -> NDArray[np.float32]:
     if recipe.range_method is RangeMethod.MIN_MAX:
-        from mptqc.analysis.weights import largest_scale
-
         return largest_scale(linear.weight, bits)
     return search_weight_scale(linear.weight, bits, moment)
 

@@ -77,8 +77,8 @@ def _percentile_range(points: Points) -> tuple[float, float]:
     order = np.argsort(points.values)
     cumulated = np.cumsum(points.weights[order])
     shares = cumulated / cumulated[-1] * 100
-    low = float(points.values[order[np.searchsorted(shares, 100 - PERCENTILE)]])
-    high = float(points.values[order[min(np.searchsorted(shares, PERCENTILE), len(order) - 1)]])
+    low = float(points.values[order[int(np.searchsorted(shares, 100 - PERCENTILE))]])
+    high = float(points.values[order[min(int(np.searchsorted(shares, PERCENTILE)), len(order) - 1)]])
     return min(low, 0.0), max(high, 0.0)
 
 
@@ -112,7 +112,8 @@ def output_factor(weights: Sequence[Array]) -> Array:
     if joined.shape[1] <= joined.shape[0]:
         return joined
     values, vectors = np.linalg.eigh(joined.astype(np.float64) @ joined.T.astype(np.float64))
-    return (vectors * np.sqrt(np.maximum(values, 0.0))).astype(np.float32)
+    factor: Array = (vectors * np.sqrt(np.maximum(values, 0.0))).astype(np.float32)
+    return factor
 
 
 def search_attention(

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 
 from mptqc.errors import ModelError
-from mptqc.runtime.session import create_session
+from mptqc.runtime.session import create_session, run_arrays
 
 
 def concrete_shapes(model: ir.Model, batch: int = 1) -> dict[str, tuple[int, ...]]:
@@ -31,7 +31,8 @@ def concrete_shapes(model: ir.Model, batch: int = 1) -> dict[str, tuple[int, ...
     session = create_session(serialized, threads=1, graph_optimization=False)
     graph_input = model.graph.inputs[0]
     shape = input_shape(graph_input, batch)
-    found: Sequence[Sequence[int]] = session.run(None, {graph_input.name: np.zeros(shape, np.float32)})
+    names = [output.name for output in proto.graph.output]
+    found = run_arrays(session, names, {str(graph_input.name): np.zeros(shape, np.float32)})
     shapes: dict[str, tuple[int, ...]] = {
         name: tuple(int(dim) for dim in dims) for name, dims in zip(values, found, strict=True)
     }

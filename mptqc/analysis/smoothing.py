@@ -51,8 +51,7 @@ def plan_norm(
         seed: of the choice of elements.
     """
     weight = np.concatenate(weights, axis=1)
-    shift = (rows.high + rows.low) / 2
-    reach = np.maximum((rows.high - rows.low) / 2, SMALLEST)
+    shift, reach = _middle(rows), _half_range(rows)
     trials = [Smoothing(0.0, np.zeros_like(shift), np.ones_like(shift))]
     for alpha in alphas:
         trials.append(Smoothing(alpha, shift, migration_scale(reach, weight, alpha)))
@@ -65,7 +64,20 @@ def migration_scale(reach: Array, weight: Array, alpha: float) -> Array:
     largest = np.maximum(np.abs(weight).max(axis=1), SMALLEST)
     logarithm = alpha * np.log(reach) - (1 - alpha) * np.log(largest)
     logarithm -= logarithm.mean()
-    return np.exp(np.clip(logarithm, -np.log(LARGEST_RATIO), np.log(LARGEST_RATIO))).astype(np.float32)
+    scale: Array = np.exp(np.clip(logarithm, -np.log(LARGEST_RATIO), np.log(LARGEST_RATIO))).astype(np.float32)
+    return scale
+
+
+def _middle(rows: Rows) -> Array:
+    """(hi + lo)/2 per channel."""
+    middle: Array = ((rows.high + rows.low) / 2).astype(np.float32)
+    return middle
+
+
+def _half_range(rows: Rows) -> Array:
+    """(hi − lo)/2 per channel, above zero."""
+    half: Array = np.maximum((rows.high - rows.low) / 2, SMALLEST).astype(np.float32)
+    return half
 
 
 def _trial_error(
@@ -97,7 +109,7 @@ def plan_attention(
         alphas: migration strengths tried for v.
     """
     head_size = slices.q.shape[-1]
-    k_shift, v_shift = (k.high + k.low) / 2, (v.high + v.low) / 2
+    k_shift, v_shift = _middle(k), _middle(v)
     columns = slices.heads[:, None, None] * head_size + np.arange(head_size)
     return {
         "k_shift": k_shift,
@@ -110,8 +122,9 @@ def plan_attention(
 def _search_qk_scale(q: Rows, k: Rows, k_shift: Array, columns: NDArray[np.int64], slices: Slices, bits: int) -> Array:
     """t = (r_q/r_k)^(a/2), a judged on scores with each row's mean removed."""
     q_reach = np.maximum(np.abs(np.stack([q.low, q.high])).max(axis=0), SMALLEST)
-    k_reach = np.maximum((k.high - k.low) / 2, SMALLEST)
-    trials, errors = [], []
+    k_reach = _half_range(k)
+    trials: list[Array] = []
+    errors = []
     exact = _centred_scores(slices.q, slices.k)
     for exponent in EXPONENTS:
         scale = ((q_reach / k_reach) ** np.float32(exponent / 2)).astype(np.float32)
@@ -134,7 +147,7 @@ def _search_v_scale(
     alphas: Sequence[float],
 ) -> Array:
     """s by the error of proj's output: v's own error reaching it through P, and the context's as proj's input."""
-    reach = np.maximum((v.high - v.low) / 2, SMALLEST)
+    reach = _half_range(v)
     importance = np.square(proj_weight).sum(axis=1)[columns]
     context = proj_input.rows - v_shift
     trials = [np.ones_like(reach), *(migration_scale(reach, proj_weight, alpha) for alpha in alphas)]

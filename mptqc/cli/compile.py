@@ -90,7 +90,6 @@ def compile(
         )
     result.save(output, plan_out)
     typer.echo(f"wrote {output}: {model.stat().st_size / 1e6:.2f} MB -> {output.stat().st_size / 1e6:.2f} MB")
-    if result.report is not None:
-        typer.echo(result.report.summary())
+    typer.echo(result.report.summary())
     for refusal in result.plan.refusals:
         typer.echo(f"left alone: {refusal.what} at {refusal.site}: {refusal.reason}")

@@ -8,10 +8,13 @@ import ctypes
 import io
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from mptqc.errors import ModelError, ProviderError, RecipeError
@@ -232,3 +235,18 @@ def _missing_cuda_library() -> str:
     except OSError as error:
         return f": {error}"
     return ""
+
+
+def run_arrays(
+    session: Session, outputs: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]
+) -> list[npt.NDArray[Any]]:
+    """Run a session whose outputs are all tensors, and return those named, in order.
+
+    Raises:
+        ModelError: an output is no tensor.
+    """
+    found = session.run(list(outputs), dict(feeds))
+    arrays = [value for value in found if isinstance(value, np.ndarray)]
+    if len(arrays) != len(found):
+        raise ModelError("an output of the model is a sequence or a map; only tensors can be compared")
+    return arrays
