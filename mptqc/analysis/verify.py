@@ -100,6 +100,7 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
     check_structure(compiled, plan)
     products = find_integer_products(compiled)
     proto = ir.to_proto(compiled)
+    _check_weights(products, plan)
     counts, makers = _optimized(proto)
     _check_operators(counts, makers, products)
     fused = {str(product.output.name) for product in products if makers.get(str(product.output.name)) == FUSED_OP}
@@ -115,6 +116,21 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
         logger.warning("%d products run as MatMulInteger, unfused and slower: %s", len(slow), ", ".join(slow[:5]))
     logger.info("verified %d integer products, worst site %s", len(checks), report.worst)
     return report
+
+
+def _check_weights(products: Sequence[IntegerProduct], plan: QuantPlan) -> None:
+    """The scales, and the codes where the plan has them, are the planned ones."""
+    for product in products:
+        if not product.is_linear:
+            continue
+        codes = plan.arrays.get(f"{product.site}/weight_codes")
+        scale = plan.array(f"{product.site}/weight_scale")
+        if not np.array_equal(_array(product.right_scale), scale):
+            raise VerifyError(
+                f"{product.site}: the weight scales in the model are not those of the plan; compile again"
+            )
+        if codes is not None and not np.array_equal(stored_weight(product).codes, codes):
+            raise VerifyError(f"{product.site}: the weight codes in the model are not those of the plan; compile again")
 
 
 def _optimized(proto: onnx.ModelProto) -> tuple[dict[str, int], dict[str, str]]:

@@ -128,7 +128,8 @@ def _match_written(matmul: ir.Node) -> IntegerProduct:
     if not product.is_linear or add is None or not is_op(add, "Add"):
         return product
     bias = _present(add.inputs[1] if add.inputs[0] is scaled.outputs[0] else add.inputs[0])
-    return replace(product, last=add, bias=bias)
+    array = constant_of(bias)
+    return replace(product, last=add, bias=bias) if array is not None and array.ndim == 1 else product
 
 
 def find_sources(codes: ir.Value) -> list[QuantizerSource]:
