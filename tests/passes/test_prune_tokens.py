@@ -133,9 +133,9 @@ def test_heads_that_read_all_tokens_leave_the_model_alone(tiny_vit, head):
 HEADER = "g (float[b,6,4] x) => (float[b,4] y)"
 CONSTANTS = (
     "int64 zero = {0}, int64 one = {1}, int64[1] at0 = {0}, int64[1] at1 = {1}, int64[1] at2 = {2}, "
-    "int64[1] at4 = {4}, int64[1] last = {-1}, int64[1] max = {9223372036854775807}, int64[2] ends = {0,5}, int64[2] first2 = {0,1}, "
-    "float[4] c = {1,2,3,4}, float[6,1] row = {1,2,3,4,5,6}, int64[3] folded = {1,6,-1}, int64[3] kept = {0,6,4}, "
-    "int64[3] transposed = {-1,4,6}"
+    "int64[1] at4 = {4}, int64[1] last = {-1}, int64[1] max = {9223372036854775807}, int64[2] ends = {0,5}, "
+    "int64[2] first2 = {0,1}, float[4] c = {1,2,3,4}, float[6,1] row = {1,2,3,4,5,6}, int64[3] folded = {1,6,-1}, "
+    "int64[3] kept = {0,6,4}, int64[3] transposed = {-1,4,6}"
 )
 
 
