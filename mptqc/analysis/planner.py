@@ -129,7 +129,7 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
             inputs[name, bits] = search_linear_input(
                 rows, sharing, bits, recipe.range_method, two_regions=recipe.opt_m and after_gelu, seed=recipe.seed
             )
-        by_output = recipe.range_method is RangeMethod.OUTPUT
+        by_output = recipe.range_method is RangeMethod.OUTPUT and not recipe.compensation
         if by_output and name not in moments:
             moments = {name: second_moment(rows)}
         arrays[f"{linear.site}/weight_scale"] = _weight_scale(linear, weight_bits, recipe, moments.get(name))
@@ -140,7 +140,7 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
 
 
 def _weight_scale(linear: Linear, bits: int, recipe: Recipe, moment: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    if recipe.range_method is RangeMethod.MIN_MAX:
+    if recipe.range_method is RangeMethod.MIN_MAX or recipe.compensation:  # compensation searches scales of its own
         return largest_scale(linear.weight, bits)
     return search_weight_scale(linear.weight, bits, moment)
 

@@ -111,8 +111,7 @@ def output_factor(weights: Sequence[Array]) -> Array:
     joined = np.concatenate(weights, axis=1)
     if joined.shape[1] <= joined.shape[0]:
         return joined
-    values, vectors = np.linalg.eigh(joined.astype(np.float64) @ joined.T.astype(np.float64))
-    factor: Array = (vectors * np.sqrt(np.maximum(values, 0.0))).astype(np.float32)
+    factor: Array = np.linalg.qr(joined.T, mode="r").T  # W = (QR)ᵀ, and Q keeps lengths
     return factor
 
 
