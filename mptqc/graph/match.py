@@ -256,5 +256,5 @@ def _above_softmax(softmax: ir.Node) -> Iterator[ir.Node]:
             continue
         if is_op(node, "MatMul"):
             yield node
-        elif is_op(node, "Add", "Mul", "Div", "Reshape", "Where"):
+        elif is_op(node, "Add", "Sub", "Mul", "Div", "Reshape", "Where"):
             frontier.extend(node.inputs)
