@@ -224,7 +224,7 @@ def _values(proto: onnx.ModelProto, names: Sequence[str], batch: NDArray[np.floa
     probing.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     serialized: bytes = probing.SerializeToString()  # type: ignore[no-untyped-call]  # protobuf has no types
     found = create_session(serialized, threads=1).run(wanted, {graph_input: batch})
-    return {graph_input: batch, **dict(zip(wanted, found, strict=True))}
+    return {graph_input: batch, **{name: np.asarray(value) for name, value in zip(wanted, found, strict=True)}}
 
 
 def _check(probe: _Probe, seen: Mapping[str, Array], fused: set[str]) -> SiteCheck:
