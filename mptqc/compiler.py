@@ -15,6 +15,7 @@ from mptqc.analysis.fidelity import Fidelity, measure_fidelity
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.planner import plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
+from mptqc.data.augment import augmented
 from mptqc.data.samples import Samples
 from mptqc.errors import ModelError, PlanError
 from mptqc.graph.io import load_model, model_digest
@@ -79,7 +80,7 @@ def compile_model(
     report("canonicalise", 0, 1)
     model = load_canonical(path, convert_fp16=convert_fp16)
     plan = QuantPlan(model_digest=model_digest(path), recipe=recipe, preprocess=preprocess)
-    used = samples.take(recipe.samples, recipe.seed)
+    used = augmented(samples.take(recipe.samples, recipe.seed), recipe.views, recipe.seed)
     plan = plan_folds(model, concrete_shapes(model), used, plan, report)
     fold(model, plan)
     plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)

@@ -56,6 +56,7 @@ class Recipe(BaseModel):
         coverage: which tensors are quantized.
         target: operators the emitted model may use.
         samples: calibration images used, at most.
+        views: augmented views made of each calibration image, the image itself included; 1 makes none.
         seed: seed of every random choice.
         range_method: how activation ranges are found.
         smoothing: SQ-b, scale and shift folded through LayerNorm.
@@ -75,6 +76,7 @@ class Recipe(BaseModel):
     coverage: Coverage = Coverage.PARTIAL
     target: Target = Target.PORTABLE
     samples: Annotated[int, Field(ge=1)] = 64
+    views: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     range_method: RangeMethod = RangeMethod.OUTPUT
     smoothing: bool = True

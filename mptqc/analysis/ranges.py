@@ -111,7 +111,7 @@ def output_factor(weights: Sequence[Array]) -> Array:
     joined = np.concatenate(weights, axis=1)
     if joined.shape[1] <= joined.shape[0]:
         return joined
-    factor: Array = np.linalg.qr(joined.T, mode="r").T  # W = (QR)ᵀ, and Q keeps lengths
+    factor: Array = np.asarray(np.linalg.qr(joined.T, mode="r")).T  # W = (QR)ᵀ, and Q keeps lengths
     return factor
 
 

@@ -91,6 +91,16 @@ class Samples:
         drawn = np.sort(np.random.default_rng(seed).permutation(self.count)[:n])
         return Samples(self._source, [self._indices[k] for k in drawn], self._labels, self.label_names)
 
+    @property
+    def source(self) -> Source:
+        """Where the samples are read from."""
+        return self._source
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The source's numbers of the samples, in order."""
+        return self._indices
+
     def check_headers(self) -> None:
         """Raise DataError on a sample that a quick look shows to be unreadable; decodes nothing."""
         self._source.check(self._indices)
