@@ -262,7 +262,7 @@ def _expected(
         expected = integer_linear(quantizers[0], x, codes, scale, bias)
         return expected, np.abs(expected - bias) + np.abs(bias)
     right = seen[str(product.right.name)].astype(np.int32) - right_zero
-    total = left.astype(np.float64) @ right.astype(np.float64)
+    total = left.astype(np.float64, order="C") @ right.astype(np.float64, order="C")
     expected = total.astype(np.float32) * (np.float32(quantizers[0].scale) * np.float32(quantizers[1].scale))
     return expected, np.abs(expected)
 
