@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from mptqc.errors import OutputError, PlanError
-from mptqc.graph.files import write_atomically
+from mptqc.graph.files import write_together
 from mptqc.recipe import Bits, Recipe
 
 PLAN_FORMAT = 1
@@ -174,13 +174,15 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
     """Write `path` (JSON) and the `.safetensors` beside it; both whole or not at all.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or `path` does not end in .json.
     """
+    if path.suffix != ".json":
+        raise OutputError(f"{path} is no name for a plan: give one that ends in .json; its arrays go beside it")
     tensors = save({key: np.ascontiguousarray(plan.arrays[key]) for key in sorted(plan.arrays)})
     content = {"arrays_sha256": hashlib.sha256(tensors).hexdigest(), **plan.model_dump(mode="json")}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     try:
-        write_atomically(path.with_suffix(".safetensors"), tensors)
-        write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_together({path: text.encode(), path.with_suffix(".safetensors"): tensors})
     except OSError as error:
         raise OutputError(f"cannot write the plan to {path}: {error.strerror}") from error
 
