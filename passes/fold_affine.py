@@ -159,3 +159,6 @@ def _apply(affine: Affine) -> None:
     set_initializer(linear.matmul, 1, weight.astype(np.float32))
     set_initializer(linear.add, linear.bias_index, bias.astype(np.float32))
     replace_value(affine.node.outputs[0], affine.data)
+    graph = affine.node.graph
+    assert isinstance(graph, ir.Graph)
+    graph.remove(affine.node, safe=True)  # at once: a dead reader would keep the next affine from folding

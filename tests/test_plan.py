@@ -58,7 +58,7 @@ def test_round_trip(plan, saved):
 
 
 @settings(max_examples=50)
-@given(st.floats(min_value=1e-12, max_value=1e12), st.integers(2, 8))
+@given(st.floats(1e-12, 1e12, allow_subnormal=False), st.integers(2, 8))
 def test_scales_survive_the_text_exactly(scale, bits):
     quantizer = Uniform(bits=bits, scale=scale, zero_point=0)
     assert Uniform.model_validate_json(quantizer.model_dump_json()) == quantizer
