@@ -1,0 +1,73 @@
+"""What is installed is what is in the tree."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
+
+
+def python(*arguments: object, folder: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def sources() -> set[str]:
+    """Every file that must be in a wheel, by its path there."""
+    found = set()
+    for package, place in (("mptqc", "mptqc"), ("passes", "mptqc/passes")):
+        files = [path for path in (ROOT / package).rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
+        found |= {f"{place}/{path.relative_to(ROOT / package).as_posix()}" for path in files if path.is_file()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy to build in, so that nothing is left in the working tree; the symlink stays one."""
+    folder = tmp_path_factory.mktemp("tree")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in BUILD_FILES:
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("mptqc", "passes"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+    return folder
+
+
+def build_wheel(source: Path, folder: Path) -> set[str]:
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
+    python("-m", "pip", "wheel", *options, source, folder=folder)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return set(wheel.namelist())
+
+
+def test_wheel_of_the_tree_holds_every_module(tree, tmp_path):
+    names = build_wheel(tree, tmp_path)
+    assert sources() - names == set()
+    top_level = {name.split("/")[0] for name in names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"mptqc"}
+
+
+def test_wheel_of_the_source_archive_holds_every_module(tree, tmp_path):
+    python("setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, folder=tree)
+    archive = next(tmp_path.glob("*.tar.gz"))
+    with tarfile.open(archive) as content:
+        assert any(name.endswith("/constraints.txt") for name in content.getnames())
+    assert sources() - build_wheel(archive, tmp_path) == set()
+
+
+def test_markers_never_ask_for_both_runtimes():
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    pins = [requirement for line in lines if (requirement := Requirement(line)).name.startswith("onnxruntime")]
+    for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("win32", "AMD64"), ("darwin", "arm64")):
+        place = {"sys_platform": system, "platform_machine": machine}
+        assert sum(pin.marker.evaluate(place) for pin in pins) == 1
