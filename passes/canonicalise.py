@@ -12,6 +12,7 @@ from mptqc.passes.fuse_gelu import FuseGelu
 from mptqc.passes.fuse_layer_norm import FuseLayerNorm
 from mptqc.passes.infer_shapes import InferShapes
 from mptqc.passes.lift_constants import LiftConstants
+from mptqc.passes.narrow_doubles import NarrowDoubles
 from mptqc.passes.normalise_softmax import NormaliseSoftmax
 from mptqc.passes.simplify import Simplify
 from mptqc.passes.unflatten_linear import UnflattenLinear
@@ -23,6 +24,7 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     Simplify(),
     LiftConstants(),
     InferShapes(),
+    NarrowDoubles(),
     DecomposeAttention(),
     EliminateIdentity(),
     NormaliseSoftmax(),

@@ -13,10 +13,9 @@ from typing import ClassVar
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxsim
 from numpy.typing import NDArray
 
-from mptqc.errors import ModelError
+from mptqc.graph.constant_folding import fold_constants
 from mptqc.graph.edit import Builder, add_initializer, constant_of, is_op, producer, remove_dead
 from mptqc.graph.shapes import Dim
 from mptqc.passes.base import Pass, PassResult
@@ -118,13 +117,7 @@ def _fold(shown: onnx.ModelProto, batch: int) -> Folded:
     proto = onnx.ModelProto()
     proto.CopyFrom(shown)  # type: ignore[no-untyped-call]  # generated
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
-    try:
-        proto, _ = onnxsim.simplify(proto, perform_optimization=False)
-    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
-        raise ModelError(
-            f"the model is not valid ONNX, or does not work with {batch} images though its batch is open: {error}; "
-            "export it again"
-        ) from error
+    proto = fold_constants(proto)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
@@ -132,10 +125,10 @@ def _fold(shown: onnx.ModelProto, batch: int) -> Folded:
     dims: dict[str, tuple[int, ...]] = {name: array.shape for name, array in constants.items()}
     types = {name: ir.DataType.from_numpy(array.dtype) for name, array in constants.items()}
     for value in [*proto.graph.value_info, *proto.graph.output]:
-        sizes = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(size.HasField("dim_value") for size in sizes):
-            dims[value.name] = tuple(size.dim_value for size in sizes)
-            types[value.name] = ir.DataType(value.type.tensor_type.elem_type)
+        found = ir.from_proto(value)
+        if found.shape is not None and found.dtype is not None and found.shape.is_static():
+            dims[value.name] = tuple(found.shape.numpy())
+            types[value.name] = found.dtype
     return Folded(types, dims, constants)
 
 

@@ -4,11 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
-import onnx
 import onnx_ir as ir
-import onnxsim
 
-from mptqc.errors import ModelError
+from mptqc.graph.constant_folding import fold_constants
 from mptqc.passes.base import Pass, PassResult
 
 logger = logging.getLogger(__name__)
@@ -50,14 +48,7 @@ class Simplify(Pass):
         """
         before = _signature(model.graph)
         hidden = _hide_weights(model)
-        proto = ir.to_proto(model)
-        try:
-            onnx.checker.check_model(proto)
-            proto, _ = onnxsim.simplify(
-                proto, skipped_optimizers=list(SKIPPED_OPTIMIZERS), tensor_size_threshold="1.5GB"
-            )
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-            raise ModelError(f"the model is not valid ONNX: {error}; export it again") from error
+        proto = fold_constants(ir.to_proto(model), SKIPPED_OPTIMIZERS)
         model.graph = ir.from_proto(proto).graph
         _show_weights(model, hidden)
         return PassResult(model, len(before ^ _signature(model.graph)))

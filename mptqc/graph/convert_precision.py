@@ -1,6 +1,7 @@
-"""float16 and bfloat16 models, told apart and turned into float32."""
+"""Models in other float types, told apart and turned into float32."""
 
 import logging
+from collections.abc import Container
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +11,7 @@ logger = logging.getLogger(__name__)
 SOURCE_PRECISION_KEY = "mptqc.source_precision"
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Attributes that hold a data type: Cast and Random* name the output's, EyeLike and the rest likewise.
-_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "softmax_precision")
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "softmax_precision", "stash_type")
 
 
 def half_precision_of(model: ir.Model) -> str | None:
@@ -22,43 +23,52 @@ def half_precision_of(model: ir.Model) -> str | None:
     return None
 
 
-def convert_to_float32(model: ir.Model) -> None:
+def convert_half_to_float32(model: ir.Model) -> None:
     """Make every half-precision type float32, in place: weights, constants, casts, inputs and outputs.
 
     Records the former precision in the metadata: constants such as √2 were rounded to it.
     """
     model.metadata_props[SOURCE_PRECISION_KEY] = half_precision_of(model) or "float32"
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            value.const_value = _as_float32(value.const_value)
-            _retype(value)
-        for value in graph.inputs:
-            _retype(value)
-        for node in graph:
-            _convert_node(node)
+    convert_to_float32(model, _HALF)
     logger.info("converted from %s to float32", model.metadata_props[SOURCE_PRECISION_KEY])
 
 
-def _retype(value: ir.Value) -> None:
-    if value.dtype in _HALF:
-        value.dtype = ir.DataType.FLOAT
+def convert_to_float32(model: ir.Model, types: Container[ir.DataType | None]) -> int:
+    """Make the given float types float32 wherever they occur, in place; return how many places that were."""
+    edits = 0
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.const_value.dtype in types:
+                value.const_value = _as_float32(value.const_value)
+                edits += 1
+            edits += _retype(value, types)
+        for value in graph.inputs:
+            edits += _retype(value, types)
+        for node in graph:
+            edits += _convert_node(node, types)
+    return edits
 
 
-def _as_float32(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
-    if tensor is None or tensor.dtype not in _HALF:
-        return tensor
+def _retype(value: ir.Value, types: Container[ir.DataType | None]) -> int:
+    if value.dtype not in types or value.dtype is None:
+        return 0
+    value.dtype = ir.DataType.FLOAT
+    return 1
+
+
+def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
-def _convert_node(node: ir.Node) -> None:
+def _convert_node(node: ir.Node, types: Container[ir.DataType | None]) -> int:
+    edits = 0
     for name, attribute in list(node.attributes.items()):
         if attribute.type is ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
-            if tensor.dtype in _HALF:
-                converted = _as_float32(tensor)
-                assert converted is not None
-                node.attributes[name] = ir.AttrTensor(name, converted)
-        elif name in _TYPE_ATTRIBUTES and attribute.type is ir.AttributeType.INT and attribute.as_int() in _HALF:
+            if tensor.dtype in types:
+                node.attributes[name] = ir.AttrTensor(name, _as_float32(tensor))
+                edits += 1
+        elif name in _TYPE_ATTRIBUTES and attribute.type is ir.AttributeType.INT and attribute.as_int() in types:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-    for output in node.outputs:
-        _retype(output)
+            edits += 1
+    return edits + sum(_retype(output, types) for output in node.outputs)

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass, 
 
 from mptqc.errors import ModelError, OutputError
 from mptqc.graph.acceptance import check_graph, check_proto
-from mptqc.graph.convert_precision import convert_to_float32, half_precision_of
+from mptqc.graph.convert_precision import convert_half_to_float32, half_precision_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def load_model(path: str | Path, *, convert_fp16: bool = False) -> ir.Model:
             "--convert-fp16 to convert its weights, inputs and outputs"
         )
     if precision is not None:
-        convert_to_float32(model)
+        convert_half_to_float32(model)
     check_graph(model, path)
     return model
 
