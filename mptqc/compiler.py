@@ -30,6 +30,7 @@ from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
+from mptqc.passes.rotate_streams import RotateStreams
 from mptqc.passes.separate_projections import SeparateProjections
 from mptqc.passes.set_biases import SetBiases
 from mptqc.passes.stamp_sites import StampSites
@@ -80,6 +81,7 @@ def compile_model(
     report("canonicalise", 0, 1)
     model = load_canonical(path, convert_fp16=convert_fp16)
     plan = QuantPlan(model_digest=model_digest(path), recipe=recipe, preprocess=preprocess)
+    rotate(model, recipe)
     used = augmented(samples.take(recipe.samples, recipe.seed), recipe.views, recipe.seed)
     plan = plan_folds(model, concrete_shapes(model), used, plan, report)
     fold(model, plan)
@@ -105,6 +107,7 @@ def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Co
             f"{digest[:12]}…; give the file that the plan was compiled from"
         )
     model = load_canonical(path, convert_fp16=convert_fp16)
+    rotate(model, plan.recipe)
     fold(model, plan)
     emit(model, plan)
     return Compiled(model, plan)
@@ -127,6 +130,12 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
     for make in (UnfoldPatches, FoldAffine, SeparateProjections, PruneTokens, StampSites):
         make(concrete_shapes(model))(model)
     return model
+
+
+def rotate(model: ir.Model, recipe: Recipe) -> None:
+    """Rotate the residual streams of a canonical model, in place, if the recipe asks for it."""
+    if recipe.rotation:
+        RotateStreams(recipe.seed, concrete_shapes(model))(model)
 
 
 def fold(model: ir.Model, plan: QuantPlan) -> None:

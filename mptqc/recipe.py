@@ -59,6 +59,7 @@ class Recipe(BaseModel):
         views: augmented views made of each calibration image, the image itself included; 1 makes none.
         seed: seed of every random choice.
         range_method: how activation ranges are found.
+        rotation: rotation of the residual streams, seeded by `seed`.
         smoothing: SQ-b, scale and shift folded through LayerNorm.
         alphas: migration strengths tried per norm by SQ-b.
         opt_m: two-region quantizers for post-GELU and post-softmax tensors.
@@ -79,6 +80,7 @@ class Recipe(BaseModel):
     views: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     range_method: RangeMethod = RangeMethod.OUTPUT
+    rotation: bool = False
     smoothing: bool = True
     alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.7, 0.85, 1.0)
     opt_m: bool = True

@@ -33,6 +33,12 @@ def compile(
     range_method: Annotated[
         str | None, typer.Option("--range-method", help="min-max, percentile, mse or output [output].")
     ] = None,
+    rotation: Annotated[
+        bool | None, typer.Option("--rotation/--no-rotation", help="Rotate the residual streams [off].")
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option("--views", help="Augmented views of each calibration image, itself included [1].")
+    ] = None,
     smoothing: Annotated[bool | None, typer.Option("--smoothing/--no-smoothing", help="SQ-b [on].")] = None,
     opt_m: Annotated[bool | None, typer.Option("--opt-m/--no-opt-m", help="Two-region quantizers [on].")] = None,
     attention_folds: Annotated[
@@ -70,6 +76,8 @@ def compile(
         "samples": samples,
         "seed": seed,
         "range_method": range_method,
+        "rotation": rotation,
+        "views": views,
         "smoothing": smoothing,
         "opt_m": opt_m,
         "attention_folds": attention_folds,
