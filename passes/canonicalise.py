@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from mptqc.passes.base import Pass, run_passes
 from mptqc.passes.canonicalise_linear import CanonicaliseLinear
+from mptqc.passes.complete_layer_norm import CompleteLayerNorm
 from mptqc.passes.convert_opset import ConvertOpset
 from mptqc.passes.decompose_attention import DecomposeAttention
 from mptqc.passes.eliminate_identity import EliminateIdentity
@@ -29,6 +30,7 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     EliminateIdentity(),
     NormaliseSoftmax(),
     FuseLayerNorm(),
+    CompleteLayerNorm(),
     FuseGelu(),
     CanonicaliseLinear(),
     UnflattenLinear(),

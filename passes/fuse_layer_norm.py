@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from mptqc.graph.edit import (
     Builder,
-    add_initializer,
     constant_of,
     is_op,
     only_consumer,
@@ -54,7 +53,7 @@ class _Core:
 
 @dataclass(frozen=True)
 class FuseLayerNorm(Pass):
-    """Make every LayerNorm over the last axis one LayerNormalization(x, γ[C], β[C]; axis=-1), ε kept.
+    """Make every decomposed LayerNorm over the last axis one LayerNormalization(x, γ[C], β[C]; axis=-1), ε kept.
 
     Missing γ and β become ones and zeros. A norm of which an intermediate value is read elsewhere, or with an
     affine that is not constant, or of another axis, stays as it is. One run is a fixpoint.
@@ -63,16 +62,14 @@ class FuseLayerNorm(Pass):
     name: ClassVar[str] = "fuse-layer-norm"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Find the decomposed norms, replace them; then complete the LayerNormalization nodes there are."""
+        """Find all, then replace all."""
         matches = list(find_layer_norms(model.graph))
         replaced: dict[ir.Value, ir.Value] = {}
         for match in matches:
             replaced[match.output] = _replace(match, replaced.get(match.x, match.x))
-        whole = [node for node in model.graph if is_op(node, "LayerNormalization")]
-        edits = len(matches) + sum(_complete(model.graph, node) for node in whole)
-        if edits:
+        if matches:
             remove_dead(model)
-        return PassResult(model, edits)
+        return PassResult(model, len(matches))
 
 
 def find_layer_norms(graph: ir.Graph) -> Iterator[LayerNormMatch]:
@@ -100,23 +97,6 @@ def _replace(match: LayerNormMatch, x: ir.Value) -> ir.Value:
     replace_value(match.output, new)
     logger.debug("fused %s", prefix)
     return new
-
-
-def _complete(graph: ir.Graph, node: ir.Node) -> bool:
-    """Write axis=-1 and an explicit β on a LayerNormalization over the last axis; True if that changed it."""
-    x, gamma = node.inputs[0], constant_of(node.inputs[1])
-    axis = node.attributes.get_int("axis", -1)
-    if gamma is None or gamma.ndim != 1 or axis is None or not is_last_axis(axis, x):
-        return False
-    changed = False
-    if "axis" not in node.attributes or axis != -1:
-        node.attributes["axis"] = ir.AttrInt64("axis", -1)
-        changed = True
-    if len(node.inputs) < 3 or node.inputs[2] is None:
-        node.resize_inputs(3)
-        node.replace_input_with(2, add_initializer(graph, f"{node.name or node.outputs[0].name}/beta", 0 * gamma))
-        changed = True
-    return changed
 
 
 def _match_quotient(node: ir.Node) -> LayerNormMatch | None:

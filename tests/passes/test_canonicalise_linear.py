@@ -1,7 +1,11 @@
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
+from mptqc.graph.edit import is_op
 from mptqc.passes.base import STAGE_KEY, Stage, StageError
 from mptqc.passes.canonicalise_linear import CanonicaliseLinear, find_linears
 
@@ -49,6 +53,33 @@ def test_every_form_becomes_matmul_and_add(parse, run_model, name):
     assert (product.inputs[1].shape, add.inputs[1].shape) == ((3, 2), (2,))
     (wanted,), (got,) = run_model(before, sample(model)), run_model(model, sample(model))
     assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+@hypothesis.given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
+    transposed=st.booleans(),
+    alpha=st.sampled_from([1.0, 0.5, -2.0]),
+    beta=st.sampled_from([1.0, 0.0, 4.0]),
+    bias=st.sampled_from(["none", "vector", "row", "scalar", "table"]),
+    seed=st.integers(0, 1000),
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_any_gemm_is_its_formula(sizes, transposed, alpha, beta, bias, seed):
+    rows, K, N = sizes
+    generator = np.random.default_rng(seed)
+    # Small integers and powers of two: every intermediate value is exact in float32.
+    x, W = (generator.integers(-4, 5, shape).astype(np.float32) for shape in ((rows, K), (K, N)))
+    shapes = {"vector": (N,), "row": (1, N), "scalar": (1,), "table": (rows, N)}
+    C = generator.integers(-4, 5, shapes[bias]).astype(np.float32) if bias in shapes else None
+    X, Y = (ir.val(name, ir.DataType.FLOAT, shape) for name, shape in (("x", (rows, K)), ("y", (rows, N))))
+    arrays = {"W": np.ascontiguousarray(W.T) if transposed else W, **({} if C is None else {"C": C})}
+    values = [ir.val(name, const_value=ir.tensor(array, name=name)) for name, array in arrays.items()]
+    gemm = ir.node("Gemm", [X, *values], {"alpha": alpha, "beta": beta, "transB": int(transposed)}, outputs=[Y])
+    graph = ir.Graph([X], [Y], nodes=[gemm], initializers=values, opset_imports={"": 21}, name="g")
+    model = CanonicaliseLinear()(ir.Model(graph, ir_version=10)).model
+    assert is_op(model.graph[0], "MatMul") and is_op(model.graph[1], "Add")
+    (got,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    assert np.array_equal(got, alpha * (x @ W) + (0 if C is None else beta * C))
 
 
 def test_golden(parse, as_text):

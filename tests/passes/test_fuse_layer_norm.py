@@ -170,23 +170,6 @@ def test_affine_along_another_axis_stays_outside(parse):
     assert [node.op_type for node in model.graph] == ["LayerNormalization", "Mul"]
 
 
-def test_whole_norm_gets_its_beta_and_axis(parse):
-    model = parse(f"{HEADER} <float[4] gamma = {{1,2,3,4}}> {{ y = LayerNormalization<axis=2>(x, gamma) }}")
-    assert FuseLayerNorm()(model).edits == 1
-    (node,) = model.graph
-    assert node.attributes["axis"].as_int() == -1
-    assert np.array_equal(node.inputs[2].const_value.numpy(), np.zeros(4, np.float32))
-
-
-def test_whole_norm_over_two_axes_is_left_alone(parse):
-    model = parse(
-        f"{HEADER} <float[3,4] gamma = {{1,2,3,4,1,2,3,4,1,2,3,4}}> {{ y = LayerNormalization<axis=1>(x, gamma) }}"
-    )
-    text = ir.to_onnx_text(model)
-    assert FuseLayerNorm()(model).edits == 0
-    assert ir.to_onnx_text(model) == text
-
-
 def test_wrong_stage_raises(parse):
     model = parse(graph(VARIANTS["torchscript"]))
     model.metadata_props[STAGE_KEY] = Stage.CANONICAL
