@@ -13,7 +13,7 @@ import onnx_ir as ir
 from mptqc.analysis.compensate import compensate
 from mptqc.analysis.fidelity import Fidelity, measure_fidelity
 from mptqc.analysis.observe import Progress
-from mptqc.analysis.planner import plan_folds, plan_quantizers
+from mptqc.analysis.planner import float_layers, plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.data.augment import augmented
 from mptqc.data.samples import Samples
@@ -80,7 +80,9 @@ def compile_model(
     """
     report("canonicalise", 0, 1)
     model = load_canonical(path, convert_fp16=convert_fp16)
-    plan = QuantPlan(model_digest=model_digest(path), recipe=recipe, preprocess=preprocess)
+    plan = QuantPlan(
+        model_digest=model_digest(path), recipe=recipe, preprocess=preprocess, refusals=float_layers(model)
+    )
     rotate(model, recipe)
     used = augmented(samples.take(recipe.samples, recipe.seed), recipe.views, recipe.seed)
     plan = plan_folds(model, concrete_shapes(model), used, plan, report)

@@ -14,7 +14,7 @@ from mptqc.data.samples import Samples
 from mptqc.errors import RefusalError
 from mptqc.graph.blocks import Projections, attention_projections, norm_readers
 from mptqc.graph.edit import is_op
-from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms
+from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms, site_of
 from mptqc.plan import (
     ActivationQuantizer,
     AttentionFold,
@@ -82,6 +82,18 @@ def _plan_attention(
     )
     bits = recipe.bits_of(attention.site)[1]
     return plan_attention(q, k, v, context, around.proj.weight, seen.slices[attention.site], bits, recipe.alphas)
+
+
+def float_layers(model: ir.Model) -> tuple[Refusal, ...]:
+    """The layers with weights that stay float: convolutions that are no patch embedding over disjoint patches."""
+    found = [node for node in model.graph if is_op(node, "Conv", "ConvTranspose")]
+    reason = "only products are quantized; a convolution is one where it unfolds to disjoint patches"
+    return tuple(
+        Refusal(
+            site=site_of(node) or str(node.name), what="quantization", reason=f"{node.op_type} stays float: {reason}"
+        )
+        for node in found
+    )
 
 
 def _foldable_norms(model: ir.Model, shapes: Shapes, refusals: list[Refusal]) -> list[tuple[Norm, list[Linear]]]:
