@@ -55,7 +55,7 @@ def attention_projections(attention: Attention, model: ir.Model, shapes: Shapes)
 
     Raises:
         RefusalError: an operand is not a Linear's output in (head, channel) order, or has another reader; or what lies
-            between the scores and their softmax would not cancel a constant added to a row.
+            between the scores and their softmax would not cancel a constant added to a row; or v is wider than k.
     """
     _check_score_path(attention, shapes)
     made = {}
@@ -69,6 +69,9 @@ def attention_projections(attention: Attention, model: ir.Model, shapes: Shapes)
         if len(readers(moved.source, shapes)) != 1 or len(index) != np.prod(shapes[str(moved.source.name)]):
             raise RefusalError(f"{letter} of {attention.site} has another reader")
         made[letter] = linear
+    widths = {letter: len(linear.bias) for letter, linear in made.items()}
+    if len(set(widths.values())) != 1:
+        raise RefusalError(f"q, k and v of {attention.site} have {widths} channels, not equally many")
     context = attention.context.outputs[0]
     read = readers(context, shapes)
     proj = next((linear for linear in find_linears(model) if linear.matmul is read[0].node), None) if read else None

@@ -28,6 +28,11 @@ ARRAYS = {
     "seen": np.tri(T, dtype=bool),
     "never": np.array(-np.inf, np.float32),
     "rarely": np.array(-100, np.float32),
+    "W_wide": np.ones((C, 2 * C), np.float32),
+    "b_wide": np.ones(2 * C, np.float32),
+    "wide_heads": np.array([0, 0, HEADS, 2 * D], np.int64),
+    "wide_joined": np.array([0, 0, 2 * C], np.int64),
+    "W_narrow": np.ones((2 * C, C), np.float32),
     "W_flat": np.ones((T * C, C), np.float32),
     **{f"W_{letter}": np.arange(C * C, dtype=np.float32).reshape(C, C) / 8 - 1 for letter in "qkvo"},
     **{f"b_{letter}": np.arange(C, dtype=np.float32) for letter in "qkvo"},
@@ -162,6 +167,15 @@ REFUSED_ATTENTIONS = {
         ),
         OUTPUT,
         "q of",
+    ),
+    "v_of_another_width": (
+        ATTENTION.replace("MatMul(x, W_v)", "MatMul(x, W_wide)")
+        .replace("b_v)", "b_wide)")
+        .replace("Reshape(v, heads)", "Reshape(v, wide_heads)")
+        .replace("Reshape(tc, joined)", "Reshape(tc, wide_joined)")
+        .replace("MatMul(hc, W_o)", "MatMul(hc, W_narrow)"),
+        OUTPUT,
+        "'v': 8",
     ),
     "context_joined_in_another_order": (
         ATTENTION.replace("tc = Transpose<perm=[0,2,1,3]>(c)", "tc = Transpose<perm=[0,2,3,1]>(c)"),
