@@ -1,4 +1,4 @@
-"""Turn a patch embedding Conv (kernel = stride, no padding) into a Linear on unfolded patches.
+"""Turn a patch embedding Conv (kernel = stride) into a Linear on unfolded patches; padding becomes a Pad before it.
 
     Conv(x [B,C,H,W], W [N,C,kh,kw]) -> movement -> tokens [B, T, N] (or [B, H', W', N])
  => Reshape [0,C,H',kh,W',kw] -> Transpose 024135 -> Reshape [0, T, C·kh·kw] -> MatMul + Add -> tokens
@@ -73,13 +73,20 @@ def _has_disjoint_patches(convolution: Convolution, shapes: Shapes) -> bool:
     if len(kernel) != 2 or ("group" in attributes and attributes["group"].as_int() != 1):
         return False
     strides = tuple(attributes["strides"].as_ints()) if "strides" in attributes else (1, 1)
-    pads = attributes["pads"].as_ints() if "pads" in attributes else (0,)
     dilations = attributes["dilations"].as_ints() if "dilations" in attributes else (1,)
     automatic = "auto_pad" in attributes and attributes["auto_pad"].as_string() not in ("NOTSET", "VALID")
-    covers = all(size % step == 0 for size, step in zip(shape[2:], kernel, strict=True))
-    return (
-        strides == kernel and kernel != (1, 1) and not any(pads) and set(dilations) == {1} and covers and not automatic
-    )
+    top, left, bottom, right = _pads(convolution)
+    covers = (shape[2] + top + bottom) % kernel[0] == 0 and (shape[3] + left + right) % kernel[1] == 0
+    return strides == kernel and kernel != (1, 1) and set(dilations) == {1} and covers and not automatic
+
+
+def _pads(convolution: Convolution) -> tuple[int, int, int, int]:
+    """Rows and columns of zeros around the image: top, left, bottom, right."""
+    attribute = convolution.node.attributes.get("pads")
+    if attribute is None:
+        return 0, 0, 0, 0
+    top, left, bottom, right = attribute.as_ints()
+    return top, left, bottom, right
 
 
 def _unfold(embedding: PatchEmbedding, shapes: Shapes) -> None:
@@ -90,9 +97,13 @@ def _unfold(embedding: PatchEmbedding, shapes: Shapes) -> None:
     build = Builder(convolution.node, f"{convolution.node.name}/unfold")
     patch = channels * kernel_rows * kernel_columns
     grid = build.constant("grid", np.array([0, channels, rows, kernel_rows, columns, kernel_columns], np.int64))
-    unfolded = build.op(
-        "Transpose", [build.op("Reshape", [convolution.input, grid], name="split")], {"perm": [0, 2, 4, 1, 3, 5]}
-    )
+    image = convolution.input
+    if any(pads := _pads(convolution)):
+        top, left, bottom, right = pads
+        image = build.op(
+            "Pad", [image, build.constant("pads", np.array([0, 0, top, left, 0, 0, bottom, right], np.int64))]
+        )
+    unfolded = build.op("Transpose", [build.op("Reshape", [image, grid], name="split")], {"perm": [0, 2, 4, 1, 3, 5]})
     token_shape = shapes[str(embedding.tokens.name)]
     flat = build.constant("flat", np.array([0, *token_shape[1:-1], patch], np.int64))
     patches = build.op("Reshape", [unfolded, flat], name="join")

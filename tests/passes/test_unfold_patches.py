@@ -79,6 +79,17 @@ def test_a_patch_embedding_becomes_a_linear(make, run_model, body, y):
     assert np.abs(got - wanted).max() <= tolerance(before, feeds)
 
 
+def test_padding_becomes_a_pad(make, run_model):
+    body = CONV.replace("strides", "pads=[2,0,0,3], strides") + TOKENS + "\nz = Relu(y)"
+    before, model = make(body, y="float[n,9,5] z"), make(body, y="float[n,9,5] z")
+    assert unfold(model) == 1
+    assert [node.op_type for node in model.graph][:2] == ["Pad", "Reshape"]
+    feeds = images(3, 2, 4, 6)
+    (wanted,), (got,) = run_model(before, feeds), run_model(model, feeds)
+    assert got.shape == wanted.shape == (3, 9, 5)
+    assert np.abs(got - wanted).max() <= tolerance(before, feeds)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 4)).filter(lambda kernel: kernel != (1, 1)),
@@ -105,7 +116,10 @@ def test_any_geometry(make, run_model, kernel, grid, channels, width, seed):
 NEGATIVES = {
     "overlapping": {"body": CONV.replace("[2,3]", "[1,3]") + TOKENS, "y": "float[n,6,5] y"},
     "apart": {"body": CONV.replace("[2,3]", "[2,4]") + TOKENS, "x": ("n", 2, 4, 7), "y": "float[n,4,5] y"},
-    "padded": {"body": CONV.replace("strides", "pads=[0,0,2,0], strides") + TOKENS, "y": "float[n,6,5] y"},
+    "padding_leaves_a_rest": {
+        "body": CONV.replace("strides", "pads=[0,0,1,0], strides") + TOKENS,
+        "y": "float[n,4,5] y",
+    },
     "same_padding": {"body": CONV.replace("strides", 'auto_pad="SAME_UPPER", strides') + TOKENS, "y": "float[n,4,5] y"},
     "a_rest_is_left_over": {"body": CONV + TOKENS, "x": ("n", 2, 5, 6)},
     "grouped": {
