@@ -16,7 +16,7 @@ from mptqc.plan import save_plan
 from mptqc.recipe import make_recipe
 
 ZOO = Path(__file__).parents[2] / "zoo"
-QUICK_SAMPLES = 16  # calibration images where only the graph counts, not the accuracy
+QUICK_SAMPLES = 8  # calibration images where only the graph counts, not the accuracy
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,16 @@ class CompileZoo:
     """compile_zoo(model, preset, **recipe options): each set of arguments is compiled once."""
 
     # Options for tests of the graph, not of the accuracy: nothing is searched for long.
-    quick = MappingProxyType({"range_method": "min-max", "smoothing": False, "attention_folds": False, "opt_m": False})
+    quick = MappingProxyType(
+        {
+            "range_method": "min-max",
+            "smoothing": False,
+            "attention_folds": False,
+            "opt_m": False,
+            "compensation": False,
+            "samples": QUICK_SAMPLES,
+        }
+    )
 
     def __init__(self, folder: Path, calibration: Samples) -> None:
         self._folder = folder
@@ -61,10 +70,10 @@ class CompileZoo:
         self._made: dict[tuple[object, ...], File] = {}
 
     def __call__(self, model: str, preset: str, **options: object) -> File:
-        """Compile a zoo model; few calibration images unless `samples` is given."""
+        """Compile a zoo model."""
         key = (model, preset, *sorted(options.items()))
         if key not in self._made:
-            recipe = make_recipe(preset, options={"samples": QUICK_SAMPLES, **options})
+            recipe = make_recipe(preset, options=options)
             preprocess = load_preprocessing(ZOO / "preprocess.json").to_json()
             compiled = compile_model(ZOO / f"{model}.onnx", self._calibration, recipe, preprocess=preprocess)
             path = self._folder / f"{model}.{preset}.{len(self._made)}.onnx"
