@@ -16,6 +16,7 @@ from mptqc.analysis.observe import Progress
 from mptqc.analysis.planner import float_layers, plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.data.augment import augmented
+from mptqc.data.preprocess import METADATA_KEY
 from mptqc.data.samples import Samples
 from mptqc.errors import ModelError, PlanError
 from mptqc.graph.io import load_model, model_digest
@@ -35,11 +36,8 @@ from mptqc.passes.separate_projections import SeparateProjections
 from mptqc.passes.set_biases import SetBiases
 from mptqc.passes.stamp_sites import StampSites
 from mptqc.passes.unfold_patches import UnfoldPatches
-from mptqc.plan import QuantPlan
+from mptqc.plan import PLAN_KEY, QuantPlan
 from mptqc.recipe import Recipe, Target
-
-PLAN_KEY = "mptqc.plan"
-PREPROCESS_KEY = "mptqc.preprocess"
 
 
 @dataclass(frozen=True)
@@ -160,4 +158,4 @@ def emit(model: ir.Model, plan: QuantPlan) -> None:
     run_passes(model, passes)
     model.metadata_props[PLAN_KEY] = plan.model_dump_json()
     if plan.preprocess is not None:
-        model.metadata_props[PREPROCESS_KEY] = plan.preprocess
+        model.metadata_props[METADATA_KEY] = plan.preprocess

@@ -20,6 +20,8 @@ from mptqc.graph.files import write_together
 from mptqc.recipe import Bits, Recipe
 
 PLAN_FORMAT = 1
+PLAN_KEY = "mptqc.plan"
+"""Where a compiled model keeps its plan's JSON (without arrays) in its metadata."""
 
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

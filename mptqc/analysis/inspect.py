@@ -15,10 +15,7 @@ from mptqc.graph.edit import constant_of, is_op
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, find_sources, stored_weight
 from mptqc.graph.layout import MOVEMENT_OPS
 from mptqc.graph.match import find_linears, site_of
-from mptqc.plan import ActivationQuantizer, QuantPlan, TwoRegion
-
-PLAN_KEY = "mptqc.plan"
-"""Metadata of a compiled model: its plan, JSON, without arrays."""
+from mptqc.plan import PLAN_KEY, ActivationQuantizer, QuantPlan, TwoRegion
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from mptqc.analysis.inspect import PLAN_KEY
 from mptqc.cli.app import main
 from mptqc.graph.io import save_model
 from mptqc.passes.base import run_passes
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
-from mptqc.plan import QuantPlan
+from mptqc.plan import PLAN_KEY, QuantPlan
 
 MakeModel = Callable[[], ir.Model]
 MakePlan = Callable[..., QuantPlan]
