@@ -117,7 +117,6 @@ def speed_job(folder: Path) -> Job:
     )
     recipes = {
         "mptqc W8A8": ("w8a8", quick),
-        "mptqc W8A8, cpu ops": ("w8a8", {**quick, "target": "cpu"}),
         "mptqc W4A4": ("w4a4", quick),
     }
     return Job(model, images, None, recipes)
@@ -152,7 +151,7 @@ def write_ours(job: Job, arguments: argparse.Namespace, report: Report) -> dict[
     """Compile every recipe; the files by name."""
     files = {}
     for name, (preset, options) in job.recipes.items():
-        path = arguments.output / f"{job.model.stem}.{preset}{'.cpu' if 'target' in options else ''}.onnx"
+        path = arguments.output / f"{job.model.stem}.{preset}.onnx"
         result = mptqc.compile(
             job.model,
             job.calibration,
@@ -193,7 +192,7 @@ def as_table(title: str, candidates: Sequence[Candidate]) -> Table:
         columns["SQNR dB"] = lambda one: "" if one is first else decibels(one)
     columns["file MB"] = lambda one: f"{one.speed.file_bytes / MEGABYTE:.2f}"
     columns["× smaller"] = lambda one: f"{first.speed.file_bytes / one.speed.file_bytes:.1f}"
-    columns["median ms"] = lambda one: f"{one.speed.median_ms:.3g}"
+    columns["median ms"] = lambda one: f"{one.speed.median_ms:.2f}"
     columns["× float"] = lambda one: f"{one.speed.speedup:.2f}"
     table = Table("model", title=title, box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for heading in columns:

@@ -57,6 +57,11 @@ def test_cpu_target_gives_the_same_numbers(compile_zoo, zoo_samples):
     assert np.array_equal(*outputs)
 
 
+def test_cpu_target_compiles(compile_zoo):
+    compiled = compile_zoo("vit", "w8a8", target="cpu", **compile_zoo.quick).compiled
+    assert {node.domain for node in compiled.model.graph} == {"", "com.microsoft"}
+
+
 def test_portable_target_is_standard_onnx(compile_zoo):
     assert {node.domain for node in compile_zoo("vit", "w4a4").compiled.model.graph} == {""}
 
