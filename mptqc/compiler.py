@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,9 +19,9 @@ from mptqc.analysis.shapes import concrete_shapes
 from mptqc.data.augment import augmented
 from mptqc.data.preprocess import METADATA_KEY
 from mptqc.data.samples import Samples
-from mptqc.errors import ModelError, PlanError
+from mptqc.errors import ModelError, PlanError, RecipeError
 from mptqc.graph.io import load_model, model_digest
-from mptqc.graph.match import find_attentions, find_convolutions
+from mptqc.graph.match import find_attentions, find_convolutions, find_linears
 from mptqc.passes.base import Pass, run_passes
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
@@ -78,6 +79,7 @@ def compile_model(
     """
     report("canonicalise", 0, 1)
     model = load_canonical(path, convert_fp16=convert_fp16)
+    check_site_patterns(model, recipe)
     plan = QuantPlan(
         model_digest=model_digest(path), recipe=recipe, preprocess=preprocess, refusals=float_layers(model)
     )
@@ -130,6 +132,19 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
     for make in (UnfoldPatches, FoldAffine, SeparateProjections, PruneTokens, StampSites):
         make(concrete_shapes(model))(model)
     return model
+
+
+def check_site_patterns(model: ir.Model, recipe: Recipe) -> None:
+    """See that every pattern of the recipe's `sites` names a site of the model.
+
+    Raises:
+        RecipeError: a pattern matches nothing.
+    """
+    known = [linear.site for linear in find_linears(model)]
+    known += [attention.site for attention in find_attentions(model)]
+    for pattern in recipe.sites:
+        if not any(fnmatchcase(site, pattern) for site in known):
+            raise RecipeError(f"the recipe's site {pattern!r} matches no site; the model has {', '.join(known)}")
 
 
 def rotate(model: ir.Model, recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """One run of the calibration data through the float model, keeping bounded, stratified samples of what sites see.
 
-Rows (token vectors) of a Linear's input: a few random rows of every image, weighted to stand for all rows, and the rows
-with the largest values of all, each with weight 1: random samples alone miss massive activations.
+Rows (token vectors) of a Linear's input: random rows, evenly from all images, weighted to stand for all rows, and the
+rows with the largest values of all, each with weight 1: random samples alone miss massive activations.
 Attention operands: whole (window, head) slices, spread evenly over the images.
 """
 
@@ -64,10 +64,11 @@ class Observations:
 class _RowCollector:
     """Grows while batches arrive; see Rows."""
 
-    per_image: int
+    total_images: int
     random: np.random.Generator
     kept: list[Array] = field(default_factory=list)
-    weights: list[Array] = field(default_factory=list)
+    seen_images: int = 0
+    seen_rows: int = 0
     extreme: Array | None = None
     low: Array | None = None
     high: Array | None = None
@@ -77,10 +78,11 @@ class _RowCollector:
         low, high = rows.min(axis=0), rows.max(axis=0)
         self.low = low if self.low is None else np.minimum(self.low, low)
         self.high = high if self.high is None else np.maximum(self.high, high)
-        count = min(self.per_image * images, len(rows))
-        chosen = self.random.choice(len(rows), count, replace=False)
+        self.seen_images += images
+        self.seen_rows += len(rows)
+        due = -(-RANDOM_ROWS * self.seen_images // self.total_images) - sum(len(part) for part in self.kept)
+        chosen = self.random.choice(len(rows), min(max(due, 0), len(rows)), replace=False)
         self.kept.append(rows[chosen])
-        self.weights.append(np.full(count, len(rows) / count, np.float32))
         pool = rows if self.extreme is None else np.concatenate([self.extreme, rows])
         size = np.abs(pool).max(axis=1)
         keep = np.argsort(-size, kind="stable")[:EXTREME_ROWS]
@@ -90,8 +92,14 @@ class _RowCollector:
         assert self.extreme is not None
         assert self.low is not None
         assert self.high is not None
-        weights = [*self.weights, np.ones(len(self.extreme), np.float32)]
-        return Rows(np.concatenate([*self.kept, self.extreme]), np.concatenate(weights), self.low, self.high)
+        kept = np.concatenate(self.kept)
+        weights = np.full(len(kept), self.seen_rows / len(kept), np.float32)
+        return Rows(
+            np.concatenate([kept, self.extreme]),
+            np.concatenate([weights, np.ones(len(self.extreme), np.float32)]),
+            self.low,
+            self.high,
+        )
 
 
 @dataclass
@@ -148,7 +156,7 @@ def observe(
     }
     outputs = list(dict.fromkeys([*names, *(name for four in operands.values() for name in four)]))
     random = np.random.default_rng(seed)
-    row_collectors = {name: _RowCollector(-(-RANDOM_ROWS // samples.count), random) for name in names}
+    row_collectors = {name: _RowCollector(samples.count, random) for name in names}
     slice_collectors = {
         site: _SliceCollector(_slices_wanted(shapes[four[2]], samples.count), samples.count, random)
         for site, four in operands.items()
@@ -161,7 +169,7 @@ def observe(
         for site, slice_collector in slice_collectors.items():
             q, k, p, v = (found[name] for name in operands[site])
             slice_collector.add((q, k, p, v), images)
-        done += images
+        done = min(done + images, samples.count)
         report("observe", done, samples.count)
     return Observations(
         {name: collector.rows() for name, collector in row_collectors.items()},

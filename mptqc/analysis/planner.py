@@ -57,7 +57,7 @@ def plan_folds(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPla
             recipe.alphas,
             recipe.seed,
         )
-        if smoothing.alpha:
+        if smoothing.alpha is not None:
             norm_folds.append(NormFold(site=norm.site, alpha=smoothing.alpha))
             arrays |= {f"{norm.site}/shift": smoothing.shift, f"{norm.site}/scale": smoothing.scale}
     for done, (attention, around) in enumerate(attentions):

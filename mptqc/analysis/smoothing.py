@@ -26,9 +26,9 @@ EXPONENTS = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Smoothing:
-    """x' = (x − shift)/scale, [C] each; `alpha` 0 with scale 1 and shift 0 means: left alone."""
+    """x' = (x − shift)/scale, [C] each; no `alpha`, with scale 1 and shift 0, means: left alone."""
 
-    alpha: float
+    alpha: float | None
     shift: Array
     scale: Array
 
@@ -52,7 +52,7 @@ def plan_norm(
     """
     weight = np.concatenate(weights, axis=1)
     shift, reach = _middle(rows), _half_range(rows)
-    trials = [Smoothing(0.0, np.zeros_like(shift), np.ones_like(shift))]
+    trials = [Smoothing(None, np.zeros_like(shift), np.ones_like(shift))]
     for alpha in alphas:
         trials.append(Smoothing(alpha, shift, migration_scale(reach, weight, alpha)))
     errors = [_trial_error(rows, weight, trial, weight_bits, activation_bits, seed) for trial in trials]

@@ -64,6 +64,10 @@ def compile(
     """
     if output.resolve() == model.resolve():
         raise RecipeError(f"-o {output} is the model itself; give another file, the float model is needed again")
+    if plan_out is not None and plan_out.suffix != ".json":
+        raise RecipeError(
+            f"--plan-out {plan_out}: a plan's name ends in .json (its arrays go to .safetensors beside it)"
+        )
     for path in (output, plan_out):
         if path is not None:
             api.check_output(path)

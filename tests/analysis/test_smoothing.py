@@ -75,7 +75,7 @@ def test_an_uneven_norm_is_smoothed_and_gains():
 
 def test_without_strengths_a_norm_is_left_alone():
     found = plan_norm(rows_of(uneven(3)), [weight_of(3)], 4, 4, (), 0)
-    assert found.alpha == 0
+    assert found.alpha is None
     np.testing.assert_array_equal(found.shift, 0)
     np.testing.assert_array_equal(found.scale, 1)
 
