@@ -57,4 +57,7 @@ def _lower(product: IntegerProduct) -> None:
     name = str(product.node.name).removeprefix(f"{product.site}/")
     node = build.node(LOWERED_OP, inputs, domain=LOWERED_DOMAIN, name=f"{name}_lowered")
     node.metadata_props.update(product.node.metadata_props)
-    replace_value(product.output, node.outputs[0])
+    old, new = product.output, node.outputs[0]
+    replace_value(old, new)
+    if not new.is_graph_output():  # keeps the name by which the Linear's output can be compared with the float model's
+        old.name, new.name = f"{old.name}_unlowered", old.name

@@ -16,7 +16,7 @@ def apply(
         bool, typer.Option("--convert-fp16", help="As it was given to compile, for a float16 model.")
     ] = False,
 ) -> None:
-    """Rebuild a compiled model from a plan, with no data; the bytes are those that compile wrote."""
+    """Rebuild a compiled model from a plan, with no data, byte for byte."""
     api.check_output(output)
     result = api.apply(model, plan, convert_fp16=convert_fp16)
     result.save(output)

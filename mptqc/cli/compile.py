@@ -19,30 +19,43 @@ def compile(
     ],
     preset: Annotated[str | None, typer.Option("--preset", help="w8a8, w6a6, w5a5, w4a4, w3a3, w4a8, w3a8.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file of recipe keys.")] = None,
-    weight_bits: Annotated[int | None, typer.Option("--weight-bits", help="2 to 8 [default: 8].")] = None,
-    activation_bits: Annotated[int | None, typer.Option("--activation-bits", help="2 to 8 [default: 8].")] = None,
+    weight_bits: Annotated[int | None, typer.Option("--weight-bits", help="2 to 8 (default: 8).")] = None,
+    activation_bits: Annotated[int | None, typer.Option("--activation-bits", help="2 to 8 (default: 8).")] = None,
     end_bits: Annotated[
-        int | None, typer.Option("--end-bits", help="Of the patch embedding and the head [default: 8].")
+        int | None, typer.Option("--end-bits", help="Of the patch embedding and the head (default: 8).")
     ] = None,
     coverage: Annotated[str | None, typer.Option("--coverage", help="partial.")] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="portable (standard ONNX) or cpu (com.microsoft ops) [portable].")
+        str | None,
+        typer.Option("--target", help="portable (standard ONNX) or cpu (com.microsoft ops) (default: portable)."),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="Calibration images used, at most [64].")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of every random choice [0].")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Calibration images used, at most (default: 64).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of every random choice (default: 0).")] = None,
     range_method: Annotated[
-        str | None, typer.Option("--range-method", help="min-max, percentile, mse or output [output].")
+        str | None, typer.Option("--range-method", help="min-max, percentile, mse or output (default: output).")
     ] = None,
     rotation: Annotated[
-        bool | None, typer.Option("--rotation/--no-rotation", help="Rotate the residual streams [off].")
+        bool | None, typer.Option("--rotation/--no-rotation", help="Rotate the residual streams (default: off).")
     ] = None,
     views: Annotated[
-        int | None, typer.Option("--views", help="Augmented views of each calibration image, itself included [1].")
+        int | None,
+        typer.Option("--views", help="Augmented views of each calibration image, itself included (default: 1)."),
     ] = None,
-    smoothing: Annotated[bool | None, typer.Option("--smoothing/--no-smoothing", help="SQ-b [on].")] = None,
-    opt_m: Annotated[bool | None, typer.Option("--opt-m/--no-opt-m", help="Two-region quantizers [on].")] = None,
+    smoothing: Annotated[bool | None, typer.Option("--smoothing/--no-smoothing", help="SQ-b (default: on).")] = None,
+    opt_m: Annotated[
+        bool | None, typer.Option("--opt-m/--no-opt-m", help="Two-region quantizers (default: on).")
+    ] = None,
     attention_folds: Annotated[
-        bool | None, typer.Option("--attention-folds/--no-attention-folds", help="Shifts and scales of q, k, v [on].")
+        bool | None,
+        typer.Option("--attention-folds/--no-attention-folds", help="Shifts and scales of q, k, v (default: on)."),
+    ] = None,
+    compensation: Annotated[
+        bool | None,
+        typer.Option(
+            "--compensation/--no-compensation", help="Ridge, GPTQ and bias refit, Linear by Linear (default: on)."
+        ),
     ] = None,
     plan_out: Annotated[
         Path | None, typer.Option("--plan-out", help="Write the plan too: PLAN.json and PLAN.safetensors.")
@@ -85,6 +98,7 @@ def compile(
         "smoothing": smoothing,
         "opt_m": opt_m,
         "attention_folds": attention_folds,
+        "compensation": compensation,
     }
     with progress("compile") as report:
         result = api.compile(

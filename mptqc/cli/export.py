@@ -24,9 +24,9 @@ def export(
     exporter: Annotated[
         Literal["dynamo", "torchscript"], typer.Option(help="Which of torch's exporters writes the file.")
     ] = "dynamo",
-    opset: Annotated[int | None, typer.Option(help="ONNX opset [default: 20 for dynamo, 17 for torchscript].")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the square input [default: the model's own].")] = None,
-    batch: Annotated[int | None, typer.Option(help="A fixed batch size [default: dynamic].")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset (default: 20 for dynamo, 17 for torchscript).")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the square input (default: the model's own).")] = None,
+    batch: Annotated[int | None, typer.Option(help="A fixed batch size (default: dynamic).")] = None,
     fused_attention: Annotated[
         bool, typer.Option("--fused-attention", help="One Attention operator per block (dynamo, opset 23 and later).")
     ] = False,
