@@ -58,6 +58,7 @@ WITHOUT: Mapping[str, Options] = {
     "without OPT-m": {"opt_m": False},
     "without attention folds": {"attention_folds": False},
     "without compensation": {"compensation": False},
+    "with rotation": {"rotation": True},
 }
 
 

@@ -1,12 +1,14 @@
 """The zoo, opened and compiled once a session."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 
+from mptqc.cli.progress import set_quiet
 from mptqc.compiler import Compiled, compile_model
 from mptqc.data.load import load_samples
 from mptqc.data.preprocess_sources import load_preprocessing
@@ -32,6 +34,17 @@ class File:
 
 
 OpenZoo = Callable[[str], Samples]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _global_options_end_with_the_module() -> Iterator[None]:
+    """Commands set the log level and quietness of the process; give them back."""
+    logger = logging.getLogger("mptqc")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+    set_quiet(False)
 
 
 @pytest.fixture(scope="session")

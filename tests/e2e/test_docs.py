@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mptqc.recipe import make_recipe
+
 ROOT = Path(__file__).parents[2]
 REGISTER = """
 import importlib.util, pathlib, sys
@@ -27,3 +29,11 @@ def test_the_example_pass_of_the_architecture_passes_its_tests(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "3 passed" in ran.stdout
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+    recipe = make_recipe("w8a8", tmp_path / "recipe.toml")
+    assert recipe.bits_of("block01.fc1") == (4, 6)
+    assert recipe.bits_of("block01.fc2") == (4, 8)
