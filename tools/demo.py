@@ -117,6 +117,7 @@ def speed_job(folder: Path) -> Job:
     )
     recipes = {
         "mptqc W8A8": ("w8a8", quick),
+        "mptqc W8A8 cpu": ("w8a8", {**quick, "target": "cpu"}),
         "mptqc W4A4": ("w4a4", quick),
     }
     return Job(model, images, None, recipes)
@@ -151,7 +152,8 @@ def write_ours(job: Job, arguments: argparse.Namespace, report: Report) -> dict[
     """Compile every recipe; the files by name."""
     files = {}
     for name, (preset, options) in job.recipes.items():
-        path = arguments.output / f"{job.model.stem}.{preset}.onnx"
+        target = ".cpu" if "target" in options else ""
+        path = arguments.output / f"{job.model.stem}.{preset}{target}.onnx"
         result = mptqc.compile(
             job.model,
             job.calibration,
