@@ -3,9 +3,16 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
+from mptqc.analysis.inspect import Inspection, OperandRow, Totals
 from mptqc.recipe import make_recipe
+from mptqc.runtime.benchmark import BenchmarkRow
+from mptqc.runtime.diagnosis import Diagnosis, Missing, ProviderState
+from mptqc.runtime.evaluate import Evaluation
 
 ROOT = Path(__file__).parents[2]
 REGISTER = """
@@ -37,3 +44,11 @@ def test_the_recipe_of_the_readme_is_one(tmp_path):
     recipe = make_recipe("w8a8", tmp_path / "recipe.toml")
     assert recipe.bits_of("block01.fc1") == (4, 6)
     assert recipe.bits_of("block01.fc2") == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "answer", [Evaluation, BenchmarkRow, Inspection, OperandRow, Totals, Diagnosis, ProviderState, Missing]
+)
+def test_every_json_key_is_documented(answer):
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/json.md").read_text(encoding="utf-8")))
+    assert {field.name for field in fields(answer)} - documented == set()
