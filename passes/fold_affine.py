@@ -63,13 +63,10 @@ def find_affine(node: ir.Node, shapes: Shapes) -> Affine | None:
         return None
     if shapes[str(data.name)] != shapes[str(node.outputs[0].name)]:
         return None
-    moved = trace(data, shapes)
-    linear = match_linear_output(moved.source)
-    if linear is None:
+    found = _own_channels(data, node, shapes)
+    if found is None:
         return None
-    channels = moved.channels(shapes)
-    if not _alone(moved.source, channels, data, node, shapes):
-        return None
+    linear, channels = found
     per_channel = _per_channel(constant, channels, len(linear.bias))
     if per_channel is None:
         return None
@@ -101,13 +98,10 @@ def find_score_scale(node: ir.Node, shapes: Shapes) -> Affine | None:
         return None
     if shapes.get(str(parts[0].name)) != shapes.get(str(node.outputs[0].name)):
         return None
-    moved = trace(q, shapes)
-    linear = match_linear_output(moved.source)
-    if linear is None:
+    found = _own_channels(q, product, shapes)
+    if found is None:
         return None
-    channels = moved.channels(shapes)
-    if not _alone(moved.source, channels, q, product, shapes):
-        return None
+    linear, channels = found
     factor = float(parts[1].reshape(-1)[0])
     scale = np.ones(len(linear.bias))
     scale[np.unique(channels)] = factor if node.op_type == "Mul" else 1.0 / factor
@@ -128,6 +122,16 @@ def _split_operands(node: ir.Node) -> tuple[ir.Value, NDArray[np.float64]] | Non
     if constant is None or is_op(node, "Div", "Sub"):
         return None
     return right, constant.astype(np.float64)
+
+
+def _own_channels(data: ir.Value, node: ir.Node, shapes: Shapes) -> tuple[Linear, NDArray[np.int64]] | None:
+    """The Linear that `data` was moved from and its channel of each element, if `node` alone reads them; or None."""
+    moved = trace(data, shapes)
+    linear = match_linear_output(moved.source)
+    if linear is None:
+        return None
+    channels = moved.channels(shapes)
+    return (linear, channels) if _alone(moved.source, channels, data, node, shapes) else None
 
 
 def _alone(source: ir.Value, channels: NDArray[np.int64], data: ir.Value, node: ir.Node, shapes: Shapes) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from mptqc.analysis.observe import with_outputs
+from mptqc.analysis.observe import fitting_batches, with_outputs
 from mptqc.data.samples import Samples
 from mptqc.graph.match import find_linears
 from mptqc.runtime.evaluate import sqnr_db
@@ -46,12 +46,10 @@ def measure_fidelity(smoothed: ir.Model, compiled: ir.Model, samples: Samples, s
     wanted = list(dict.fromkeys([*outputs, *names]))
     chosen = samples.take(min(IMAGES, samples.count), seed)
     signal, noise = np.zeros(len(wanted)), np.zeros(len(wanted))
-    graph_input = smoothed.graph.inputs[0]
-    fixed = graph_input.shape[0] if graph_input.shape is not None else None
+    image = str(smoothed.graph.inputs[0].name)
     sessions = [create_session(with_outputs(model, wanted)) for model in (smoothed, compiled)]
-    for images in chosen.batches(fixed if isinstance(fixed, int) else BATCH):
-        fed = np.resize(images, (fixed, *images.shape[1:])) if isinstance(fixed, int) else images
-        exact, found = (run_arrays(session, wanted, {str(graph_input.name): fed}) for session in sessions)
+    for images in fitting_batches(smoothed, chosen, BATCH):
+        exact, found = (run_arrays(session, wanted, {image: images}) for session in sessions)
         for position, (true, value) in enumerate(zip(exact, found, strict=True)):
             signal[position] += np.square(true, dtype=np.float64).sum()
             noise[position] += np.square(true - value, dtype=np.float64).sum()

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mptqc.analysis.observe import fitting_batches
 from mptqc.data.samples import Samples
 from mptqc.graph.edit import constant_of
 from mptqc.runtime.session import create_session, run_arrays
@@ -33,18 +34,13 @@ class Frontier:
 
     def __init__(self, model: ir.Model, samples: Samples, batch: int) -> None:
         self._model = model
-        graph_input = model.graph.inputs[0]
-        assert graph_input.shape is not None
-        self._image = str(graph_input.name)
-        fixed = graph_input.shape[0]
-        size = fixed if isinstance(fixed, int) else batch
+        self._image = str(model.graph.inputs[0].name)
         self._values: list[dict[str, Array | Path]] = []
         self._folder = TemporaryDirectory(prefix="mptqc-")
         self._held = 0
         self._written = 0
-        for images in samples.batches(size):
-            whole = np.resize(images, (size, *images.shape[1:])) if isinstance(fixed, int) else images
-            self._values.append({self._image: self._keep(whole)})
+        for images in fitting_batches(model, samples, batch):
+            self._values.append({self._image: self._keep(images)})
         self._run: set[ir.Node] = set()
 
     @property

@@ -187,21 +187,23 @@ def _slices_wanted(probabilities: tuple[int, ...], images: int) -> int:
 def run_batches(
     model: ir.Model, samples: Samples, outputs: Sequence[str], batch: int
 ) -> Iterator[tuple[dict[str, Array], int]]:
-    """Yield (values by name, images in the batch) for each batch; a model of fixed batch is fed that size.
-
-    The last batch of a fixed size is filled up by repeating its images, and counted as full.
-    """
-    graph_input = model.graph.inputs[0]
-    assert graph_input.shape is not None
-    fixed = graph_input.shape[0]
-    batch = fixed if isinstance(fixed, int) else batch
+    """Yield (values by name, images in the batch) for each of `fitting_batches`."""
     session = create_session(with_outputs(model, outputs))
-    for images in samples.batches(batch):
-        count = len(images)
-        if isinstance(fixed, int) and count < fixed:
-            images = np.resize(images, (fixed, *images.shape[1:]))
-        found = run_arrays(session, outputs, {str(graph_input.name): images})
+    for images in fitting_batches(model, samples, batch):
+        found = run_arrays(session, outputs, {str(model.graph.inputs[0].name): images})
         yield dict(zip(outputs, found, strict=True)), len(images)
+
+
+def fitting_batches(model: ir.Model, samples: Samples, batch: int) -> Iterator[Array]:
+    """Yield the images in batches that the model takes, [B, C, H, W].
+
+    A fixed batch in the model wins over `batch`; its last batch is filled up by repeating its images.
+    """
+    shape = model.graph.inputs[0].shape
+    assert shape is not None
+    fixed = shape[0]
+    for images in samples.batches(fixed if isinstance(fixed, int) else batch):
+        yield np.resize(images, (fixed, *images.shape[1:])) if isinstance(fixed, int) else images
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> bytes:
