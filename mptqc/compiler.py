@@ -32,6 +32,7 @@ from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
+from mptqc.passes.rotate_heads import RotateHeads
 from mptqc.passes.rotate_streams import RotateStreams
 from mptqc.passes.separate_projections import SeparateProjections
 from mptqc.passes.set_biases import SetBiases
@@ -148,9 +149,10 @@ def check_site_patterns(model: ir.Model, recipe: Recipe) -> None:
 
 
 def rotate(model: ir.Model, recipe: Recipe) -> None:
-    """Rotate the residual streams of a canonical model, in place, if the recipe asks for it."""
+    """Rotate the residual streams and heads of a canonical model, in place, if the recipe asks for it."""
     if recipe.rotation:
-        RotateStreams(recipe.seed, concrete_shapes(model))(model)
+        for make in (RotateStreams, RotateHeads):
+            make(recipe.seed, concrete_shapes(model))(model)
 
 
 def fold(model: ir.Model, plan: QuantPlan) -> None:

