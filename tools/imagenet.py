@@ -24,6 +24,7 @@ import onnxruntime
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import mptqc
+from mptqc.api import check_output
 from mptqc.cli.progress import progress
 from mptqc.compiler import compile_model
 from mptqc.data.load import load_samples
@@ -212,9 +213,12 @@ def read_cells(path: Path, conditions: Conditions) -> dict[tuple[str, str], Eval
     Raises:
         OutputError: the file cannot be written or read, is none of ours, or was made under other conditions.
     """
+    if not path.exists():
+        check_output(path)
+        return {}
     try:
-        path.open("ab").close()
-        lines = path.read_bytes().split(b"\n")
+        with path.open("r+b") as file:
+            lines = file.read().split(b"\n")
     except OSError as error:
         raise OutputError(f"{path} cannot hold the results ({error}); name another file with --output.") from error
     cells = {}
