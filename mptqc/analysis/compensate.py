@@ -134,8 +134,8 @@ def _collect(group: Sequence[Member], exact_side: Frontier, quantized_side: Fron
     step = _row_step(exact_side, name)
     for batch in range(exact_side.batches):
         chosen = slice(batch % step, None, step)
-        exact = _rows(exact_side.value(name, batch))[:, chosen]
-        quantized = fake_quantize(group[0].layer.input, _rows(quantized_side.value(twin_name, batch))[:, chosen])
+        exact = _rows(exact_side, name, batch)[:, chosen]
+        quantized = fake_quantize(group[0].layer.input, _rows(quantized_side, twin_name, batch)[:, chosen])
         targets = [_target(member, exact, chosen, exact_side, quantized_side, batch) for member in group]
         x, target = quantized.reshape(-1, inputs), np.concatenate(targets, axis=1)
         if fit is None:
@@ -148,7 +148,7 @@ def _collect(group: Sequence[Member], exact_side: Frontier, quantized_side: Fron
 
 def _row_step(side: Frontier, name: str) -> int:
     """Every how many rows one is taken, so that all images together give about `MOST_ROWS`."""
-    images, rows, _ = _rows(side.value(name, 0)).shape
+    images, rows, _ = _rows(side, name, 0).shape
     return max(1, side.batches * images * rows // MOST_ROWS)
 
 
@@ -191,6 +191,7 @@ def _solve(fit: Moments, held_out: Moments, group: Sequence[Member]) -> dict[str
     return found
 
 
-def _rows(value: NDArray[np.generic]) -> Array:
+def _rows(side: Frontier, name: str, batch: int) -> Array:
     """[images, rows of one image, channels]."""
-    return value.reshape(len(value), -1, value.shape[-1]).astype(np.float32, copy=False)
+    value = side.value(name, batch)
+    return value.reshape(side.images(batch), -1, value.shape[-1]).astype(np.float32, copy=False)

@@ -48,6 +48,10 @@ class Frontier:
         """How many batches there are."""
         return len(self._values)
 
+    def images(self, batch: int) -> int:
+        """How many images a batch has."""
+        return len(self.value(self._image, batch))
+
     def value(self, name: str, batch: int) -> Array:
         """A live value of one batch."""
         kept = self._values[batch][name]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mptqc.analysis.gptq import Moments, gptq, refit_bias, ridge
+from mptqc.analysis.gptq import Factor, Moments, gptq, refit_bias, ridge
 from mptqc.analysis.weights import largest_scale
 from mptqc.reference.quantizers import quantize_weight, weight_limits
 
@@ -20,8 +20,9 @@ def correlated_rows(count: int, width: int, seed: int) -> Array:
 
 
 def moments_of(x: Array, target: Array) -> Moments:
-    moments = Moments.empty(x.shape[1], target.shape[1])
-    for part in np.array_split(np.arange(len(x)), 3):
+    parts = np.array_split(np.arange(len(x)), 3)
+    moments = Moments.around(x[parts[0]], target[parts[0]])
+    for part in parts:
         moments.add(x[part], target[part])
     return moments
 
@@ -44,7 +45,7 @@ def test_gptq_codes_are_in_range_and_better_than_nearest(bits: int) -> None:
     x = correlated_rows(600, 150, 2)
     weight = np.random.default_rng(3).standard_normal((150, 19)).astype(np.float32)
     scale = largest_scale(weight, bits)
-    codes = gptq(moments_of(x, x @ weight).hessian, weight, scale, bits)
+    codes = gptq(Factor.of(moments_of(x, x @ weight).hessian), weight, scale, bits)
     low, high = weight_limits(bits)
     assert codes.min() >= low
     assert codes.max() <= high
@@ -55,7 +56,7 @@ def test_gptq_codes_are_in_range_and_better_than_nearest(bits: int) -> None:
 def test_gptq_of_independent_inputs_is_rounding_to_nearest() -> None:
     weight = np.random.default_rng(4).standard_normal((130, 11)).astype(np.float32)
     scale = largest_scale(weight, 4)
-    codes = gptq(np.eye(130), weight, scale, 4)
+    codes = gptq(Factor.of(np.eye(130)), weight, scale, 4)
     np.testing.assert_array_equal(codes, quantize_weight(weight, scale, 4))
 
 
@@ -85,3 +86,13 @@ def test_refitted_bias_makes_the_mean_output_right() -> None:
     codes = np.random.default_rng(10).integers(-8, 8, (9, 6)).astype(np.int8)
     bias = refit_bias(moments_of(x, target), codes, scale)
     np.testing.assert_allclose((x @ (codes * scale) + bias).mean(axis=0), target.mean(axis=0), atol=FLOAT32_SUM)
+
+
+def test_a_constant_input_leaves_the_weight_as_it_is() -> None:
+    x, weight = np.full((40, 9), 31.7, np.float32), np.random.default_rng(5).standard_normal((9, 4)).astype(np.float32)
+    target = x @ weight
+    moments = moments_of(x, target)
+    scale = largest_scale(weight, 4)
+    codes = gptq(Factor.of(moments.hessian), ridge(moments, moments, weight), scale, 4)
+    np.testing.assert_array_equal(codes, quantize_weight(weight, scale, 4))
+    np.testing.assert_allclose(refit_bias(moments, codes, scale), target[0] - x[0] @ (codes * scale), rtol=1e-5)
