@@ -199,15 +199,15 @@ def attention_context(
 def patches(x: NDArray[np.float32], patch_height: int, patch_width: int) -> NDArray[np.float32]:
     """Disjoint patches of images x [B, C, h·P, w·Q]: [B, h, w, C·P·Q], channels slowest, columns fastest."""
     batch, channels, height, width = x.shape
-    rows, columns = height // patch_height, width // patch_width
+    rows, columns, size = height // patch_height, width // patch_width, channels * patch_height * patch_width
     split = x.reshape(batch, channels, rows, patch_height, columns, patch_width)
-    return np.ascontiguousarray(split.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, -1))
+    return np.ascontiguousarray(split.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, size))
 
 
 def _by_head(x: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
     """[B, T, H·d] -> [B, H, T, d]."""
-    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
 
 
 def _grouped(y: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    return y.reshape(-1, rows.size, y.shape[-1])
+    return y.reshape(math.prod(y.shape[:-1]) // rows.size, rows.size, y.shape[-1])

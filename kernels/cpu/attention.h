@@ -1,0 +1,216 @@
+// Attention, one head and one chunk of query rows a task: keys and values become blocks once, then a few rows at a time
+// go through scores, softmax, codes of P and context, without leaving the cache.
+//
+// Codes of k and v are uint8 but the product wants int8, so 128 is taken off codes and zero point.
+#pragma once
+
+#include <cstring>
+
+#include "functions.h"
+#include "product.h"
+#include "quantizer.h"
+
+namespace mptqc {
+
+template <class L>
+struct AttentionTask {
+  using F = typename L::F;
+  using I = typename L::I;
+
+  const mptqc_attention& a;
+  const AttentionScratch layout;
+  int8_t *keys, *values;
+  int32_t *key_offset, *value_offset;
+  float* scores;    // [L::kRows, padded columns]
+  uint8_t* codes;   // the same; zero from `columns` on
+  Quantizer<L> probability;
+  Output<L> output;
+  Tile tile;
+
+  // `scratch` has layout.bytes bytes.
+  AttentionTask(const mptqc_attention& arguments, uint8_t* scratch)
+      : a(arguments),
+        layout(arguments),
+        keys(reinterpret_cast<int8_t*>(scratch + layout.keys)),
+        values(reinterpret_cast<int8_t*>(scratch + layout.values)),
+        key_offset(reinterpret_cast<int32_t*>(scratch + layout.key_offset)),
+        value_offset(reinterpret_cast<int32_t*>(scratch + layout.value_offset)),
+        scores(reinterpret_cast<float*>(scratch + layout.scores)),
+        codes(scratch + layout.codes),
+        probability(arguments.probability),
+        output(arguments.quantizer, arguments.output) {}
+
+  void run(int64_t task) {
+    const int64_t chunks = chunk_count(a.rows), chunk = chunk_rows(a.rows);
+    const int64_t first_row = task % chunks * chunk, end_row = least(first_row + chunk, a.rows);
+    const int64_t head = task / chunks % a.heads, batch = task / chunks / a.heads;
+    block_keys(a.k + (batch * a.columns * a.heads + head) * a.width);
+    block_values(a.v + (batch * a.columns * a.heads + head) * a.value_width);
+    std::memset(codes, 0, kMostRows * layout.padded_columns);
+    for (int64_t row = first_row; row < end_row; row += L::kRows) {
+      const int rows = static_cast<int>(least(L::kRows, end_row - row));
+      score_rows(batch, head, row, rows);
+      write_context(batch, head, row, rows);
+    }
+  }
+
+  int32_t signed_k_zero() const { return a.k_zero_point - 128; }
+  int32_t signed_v_zero() const { return a.v_zero_point - 128; }
+
+  // Four codes of one key are one word of a block: block[s / 16][d / 4][s % 16].
+  void block_keys(const uint8_t* k) {
+    const int64_t stride = a.heads * a.width, words = ceil_divide(a.width, kBlockInputs);
+    const int64_t whole = a.width / kBlockInputs, rest = a.width % kBlockInputs;
+    for (int64_t s = 0; s < layout.padded_columns; ++s) {
+      int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
+      if (s >= a.columns) {
+        for (int64_t d = 0; d < words; ++d) std::memset(to + d * kBlockBytes, 0, kBlockInputs);
+        continue;
+      }
+      const uint8_t* from = k + s * stride;
+      for (int64_t d = 0; d < whole; ++d) {
+        uint32_t word;
+        std::memcpy(&word, from + d * kBlockInputs, sizeof word);
+        word ^= 0x80808080u;
+        std::memcpy(to + d * kBlockBytes, &word, sizeof word);
+      }
+      for (int64_t j = 0; rest > 0 && j < kBlockInputs; ++j) {
+        to[whole * kBlockBytes + j] = j < rest ? static_cast<int8_t>(from[whole * kBlockInputs + j] - 128) : int8_t{0};
+      }
+    }
+    const int32_t constant = static_cast<int32_t>(a.width) * a.q_zero_point * signed_k_zero();
+    offsets(keys, layout.padded_columns / 16, words, a.q_zero_point, constant, key_offset);
+  }
+
+  void block_values(const uint8_t* v) {
+    const int64_t stride = a.heads * a.value_width, groups = ceil_divide(a.columns, kBlockInputs);
+    const int64_t blocks = ceil_divide(a.value_width, kBlockOutputs);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t wide = least(16, a.value_width - block * 16);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t tall = least(4, a.columns - group * 4);
+        const uint8_t* from = v + group * 4 * stride + block * 16;
+        int8_t* to = values + (block * groups + group) * kBlockBytes;
+        if (wide == 16 && tall == 4) {
+          const uint8_t* const rows[4] = {from, from + stride, from + 2 * stride, from + 3 * stride};
+          L::block_of_rows(rows, to);
+          continue;
+        }
+        std::memset(to, 0, kBlockBytes);
+        for (int64_t i = 0; i < wide; ++i)
+          for (int64_t j = 0; j < tall; ++j) to[4 * i + j] = static_cast<int8_t>(from[j * stride + i] - 128);
+      }
+    }
+    const int32_t p_zero = a.probability.zero_point;
+    const int32_t constant = static_cast<int32_t>(a.columns) * p_zero * signed_v_zero();
+    offsets(values, blocks, groups, p_zero, constant, value_offset);
+  }
+
+  // offset[c] = constant - zero_point * (the sum of column c).
+  static void offsets(
+      const int8_t* data, int64_t blocks, int64_t groups, int32_t zero_point, int32_t constant, int32_t* offset) {
+    const uint8_t ones[4] = {1, 1, 1, 1};
+    for (int64_t block = 0; block < blocks; ++block) {
+      I sum = L::set(int32_t{0});
+      for (int64_t group = 0; group < groups; ++group) {
+        sum = L::dot(sum, L::spread(ones), L::weights(data + (block * groups + group) * kBlockBytes));
+      }
+      int32_t column[16];
+      L::store(column, sum);
+      for (int i = 0; i < 16; ++i) offset[16 * block + i] = constant - zero_point * column[i];
+    }
+  }
+
+  static int32_t sum_of(const uint8_t* codes, int64_t count) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += codes[i];
+    return total;
+  }
+
+  void score_rows(int64_t batch, int64_t head, int64_t row, int rows) {
+    const int64_t stride = a.heads * a.width, block_bytes = ceil_divide(a.width, kBlockInputs) * kBlockBytes;
+    const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
+    int32_t row_offset[kMostRows];
+    F largest[kMostRows];
+    for (int r = 0; r < rows; ++r) {
+      row_offset[r] = -signed_k_zero() * sum_of(query.data + r * stride, a.width);
+      largest[r] = L::set(-3.40282347e38f);
+    }
+    for (int64_t column = 0; column < a.columns; column += kPanel) {
+      const int columns = static_cast<int>(least(kPanel, a.columns - column));
+      const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
+      const int blocks = static_cast<int>(ceil_divide(columns, 16));
+      multiply<L>(rows, blocks, query, panel, key_offset + column, tile);
+      for (int r = 0; r < rows; ++r) {
+        const float* bias = addend_row(a.bias, batch, head, row + r);
+        const float* mask = addend_row(a.mask, batch, head, row + r);
+        largest[r] = finish_scores(r, L::set(row_offset[r]), column, columns, bias, mask, largest[r]);
+      }
+    }
+    for (int r = 0; r < rows; ++r) quantize_softmax(r, L::largest(largest[r]));
+  }
+
+  const float* addend_row(const mptqc_addend& added, int64_t batch, int64_t head, int64_t row) const {
+    if (added.data == nullptr) return nullptr;
+    const int64_t h = added.heads == 1 ? 0 : head, t = added.rows == 1 ? 0 : row;
+    return added.data + ((batch % added.windows * added.heads + h) * added.rows + t) * a.columns;
+  }
+
+  F finish_scores(
+      int r, I row_offset, int64_t first, int columns, const float* bias, const float* mask, F largest) {
+    const F scale = L::set(a.score_scale);
+    for (int c = 0; c < columns; c += 16) {
+      const int n = columns - c < 16 ? columns - c : 16;
+      F score = L::multiply(L::to_float(L::add(L::load(tile.sum[r] + c), row_offset)), scale);
+      if (bias != nullptr) score = L::add(score, L::load(bias + first + c, n));
+      if (mask != nullptr) score = L::add(score, L::load(mask + first + c, n));
+      score = L::first(n, score, L::set(-3.40282347e38f));
+      L::store(scores + r * layout.padded_columns + first + c, score);
+      largest = L::maximum(largest, score);
+    }
+    return largest;
+  }
+
+  void quantize_softmax(int r, float largest) {
+    float* score = scores + r * layout.padded_columns;
+    uint8_t* code = codes + r * layout.padded_columns;
+    const F shift = L::set(largest);
+    F total = L::set(0.0f);
+    for (int64_t c = 0; c < a.columns; c += 16) {
+      const int n = static_cast<int>(least(16, a.columns - c));
+      const F power = L::first(n, exponential<L>(L::subtract(L::load(score + c), shift)), L::set(0.0f));
+      L::store(score + c, power);
+      total = L::add(total, power);
+    }
+    const F quotient = L::set(1.0f / (L::sum(total) * a.probability.scale));
+    for (int64_t c = 0; c < a.columns; c += 16) {
+      const int n = static_cast<int>(least(16, a.columns - c));
+      const I steps = probability.codes_of_quotient(L::multiply(L::load(score + c), quotient));
+      L::store_codes(code + c, steps, n);
+    }
+  }
+
+  void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
+    const int64_t block_bytes = ceil_divide(a.columns, kBlockInputs) * kBlockBytes;
+    const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
+    const F scale = L::set(a.context_scale);
+    I row_offset[kMostRows];
+    for (int r = 0; r < rows; ++r) {
+      row_offset[r] = L::set(-signed_v_zero() * sum_of(codes + r * layout.padded_columns, a.columns));
+    }
+    for (int64_t column = 0; column < a.value_width; column += kPanel) {
+      const int columns = static_cast<int>(least(kPanel, a.value_width - column));
+      const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
+      multiply<L>(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
+        for (int c = 0; c < columns; c += 16) {
+          const F y = L::multiply(L::to_float(L::add(L::load(tile.sum[r] + c), row_offset[r])), scale);
+          output.store(to + c, y, columns - c < 16 ? columns - c : 16);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace mptqc
