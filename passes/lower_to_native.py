@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.errors import RefusalError
-from mptqc.graph.edit import Builder, remove_dead, scalar_of
+from mptqc.graph.edit import AttributeValue, Builder, remove_dead
 from mptqc.graph.emission import WEIGHT_BITS_KEY
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, stored_weight
 from mptqc.graph.layout import Shapes
@@ -144,7 +144,9 @@ def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
         _put(output, (batch, tokens, heads * size), target, build, shapes)
 
 
-def _side_by_side(operand: FoundQuantizer, found: AttentionPattern, axis: int, build: Builder, shapes: Batches) -> ir.Value:
+def _side_by_side(
+    operand: FoundQuantizer, found: AttentionPattern, axis: int, build: Builder, shapes: Batches
+) -> ir.Value:
     """The operand's codes as uint8 [batch, tokens, heads·size]; `axis` of the scores has as many tokens."""
     codes = emit_unsigned(operand, build) if operand.signed else operand.codes
     scores, shape = shapes.of(found.scores.output), shapes.of(operand.codes)
@@ -171,7 +173,8 @@ def _lower_norm(found: NormPattern, shapes: Batches) -> None:
         codes.shape = norm.output.shape
         path.moves[0].replace_input_with(0, codes)
         for move in path.moves:
-            move.outputs[0].dtype = ir.DataType.UINT8
+            moved = move.outputs[0]
+            moved.name, moved.dtype = f"{moved.name}/codes", ir.DataType.UINT8
         take_place(path.moves[-1].outputs[0], path.target)
 
 
@@ -193,10 +196,15 @@ def _lower_linear(found: LinearPattern) -> None:
     weight = stored_weight(product)
     inputs, outputs = weight.codes.shape
     bias = build.constant("bias", np.zeros(outputs, np.float32)) if product.bias is None else product.bias
-    operands = [product.left, emit_blocks(weight, Builder(anchor, f"{product.site}/unpack")), product.right_scale, bias]
-    attributes = {
-        "input_scale": scalar_of(product.left_scale),
-        "input_zero_point": 0 if product.left_zero is None else int(scalar_of(product.left_zero)),
+    operands: list[ir.Value | None] = [
+        product.left,
+        emit_blocks(weight, Builder(anchor, f"{product.site}/unpack")),
+        product.right_scale,
+        bias,
+    ]
+    attributes: dict[str, AttributeValue] = {
+        "input_scale": found.input_scale,
+        "input_zero_point": found.input_zero_point,
         "activation": found.activation,
     }
     op_type = "Linear"
@@ -217,7 +225,7 @@ def _put(made: ir.Value, shape: tuple[int, ...], target: ir.Value, build: Builde
     """Let `made`, of `shape` at the larger batch, be read where `target` was; a Reshape between them if need be."""
     if shape != shapes.of(target):
         made = build.op("Reshape", [made, build.constant("shape", shapes.target(target))], name="shaped")
-        made.dtype = target.dtype
+        made.type = target.type
     take_place(made, target)
 
 

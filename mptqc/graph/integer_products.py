@@ -13,6 +13,7 @@ from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 from mptqc.graph.layout import MOVEMENT_OPS
 from mptqc.graph.match import site_of
 from mptqc.graph.stored_weight import StoredWeight, read_weight
+from mptqc.reference.custom_ops import DOMAIN
 
 LOWERED_OP, LOWERED_DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
 
@@ -78,9 +79,9 @@ class IntegerProduct:
 
 @dataclass(frozen=True)
 class QuantizerSource:
-    """`codes` are made from the float value `x`; movement may follow."""
+    """`codes` are made from the float value `x`; movement may follow. A native operator shows no `x`: it is None."""
 
-    x: ir.Value
+    x: ir.Value | None
     codes: ir.Value
 
 
@@ -136,6 +137,8 @@ def find_sources(codes: ir.Value) -> list[QuantizerSource]:
             frontier.extend(_present(part) for part in node.inputs)
         elif is_op(node, *MOVEMENT_OPS) and node is not None:
             frontier.append(_present(node.inputs[0]))
+        elif node is not None and node.domain == DOMAIN:
+            found[value] = QuantizerSource(None, value)
         else:
             found[value] = QuantizerSource(_quantized_from(value), value)
     return list(found.values())

@@ -59,10 +59,8 @@ def emit_native(
 def take_place(new: ir.Value, old: ir.Value) -> None:
     """Make every reader of `old` read `new`, which takes its name and shape over."""
     new.shape = old.shape
-    dtype = new.dtype
     is_output = old.is_graph_output()
     replace_value(old, new)
-    new.dtype = dtype
     if not is_output:
         old.name, new.name = f"{old.name}/portable", old.name
 
@@ -103,9 +101,9 @@ def native_weight_scale(node: ir.Node) -> np.ndarray[tuple[int, ...], np.dtype[n
     return scale.astype(np.float32, copy=False)
 
 
-def find_native(model: ir.Model, op_types: Sequence[str]) -> list[ir.Node]:
-    """The named operators of `ai.mptqc`, in graph order."""
-    return [node for node in model.graph if is_native(node, *op_types)]
+def native_nodes(model: ir.Model) -> list[ir.Node]:
+    """Every operator of `ai.mptqc`, in graph order."""
+    return [node for node in model.graph if node.domain == DOMAIN]
 
 
 def record_lowering(model: ir.Model, refused: Sequence[Lowering]) -> None:
@@ -115,5 +113,5 @@ def record_lowering(model: ir.Model, refused: Sequence[Lowering]) -> None:
 
 def lowering_report(model: ir.Model) -> list[Lowering]:
     """What a native model runs as operators of `ai.mptqc`, in graph order, then what it does not and why."""
-    lowered = [Lowering(site_of(node), node.op_type) for node in model.graph if node.domain == DOMAIN]
+    lowered = [Lowering(site_of(node), node.op_type) for node in native_nodes(model)]
     return lowered + [Lowering(**each) for each in json.loads(model.metadata_props.get(LOWERING_KEY, "[]"))]

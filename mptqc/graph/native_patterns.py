@@ -65,7 +65,7 @@ class Batches:
             RefusalError: rows are split, dropped or repeated, or move from one image to another.
         """
         width = self.of(value)[-1]
-        if index.shape[-1:] != (width,) or not np.array_equal(index % width, np.broadcast_to(range(width), index.shape)):
+        if index.shape[-1:] != (width,) or (index % width != np.arange(width)).any():
             raise RefusalError(f"the movement behind {value.name} does not keep its channels together")
         rows = index.reshape(-1, width)[:, 0] // width
         if not np.array_equal(np.sort(rows), np.arange(np.prod(self.of(value)[:-1], dtype=np.int64))):
@@ -328,6 +328,8 @@ class LinearPattern:
     """
 
     product: IntegerProduct
+    input_scale: float
+    input_zero_point: int
     activation: str
     quantizer: FoundQuantizer | None
     residual: tuple[ir.Node, int] | None
@@ -341,15 +343,17 @@ def match_linear(product: IntegerProduct, shapes: Batches, claimed: set[ir.Node]
     Raises:
         RefusalError: it is not what the operator computes.
     """
-    scale, zero_point = scalar_of(product.left_scale), product.left_zero
+    scale = scalar_of(product.left_scale)
+    zero_point = 0.0 if product.left_zero is None else scalar_of(product.left_zero)
     if scale is None or not LEAST_SCALE <= scale <= MOST_SCALE or product.left.dtype is not ir.DataType.UINT8:
         raise RefusalError(f"its input is not uint8 codes of one scale from {LEAST_SCALE:.0e} to {MOST_SCALE:.0e}")
-    if zero_point is not None and scalar_of(zero_point) is None:
+    if zero_point is None:
         raise RefusalError("the zero point of its input is not one constant")
     if product.right_zero is not None and scalar_of(product.right_zero) != 0:
         raise RefusalError("its weight has a zero point")
     if shapes.of(product.left)[-1] > MOST_TERMS:
         raise RefusalError(f"it sums {shapes.of(product.left)[-1]} products; the operator sums {MOST_TERMS} at most")
+    taken = (product, scale, int(zero_point))
     value, activation = product.output, "none"
     after = only_consumer(value)
     if after is not None and is_op(after, "Gelu") and after.attributes.get_string("approximate", "none") == "none":
@@ -357,18 +361,16 @@ def match_linear(product: IntegerProduct, shapes: Batches, claimed: set[ir.Node]
     no_rows = np.zeros(1, np.int64)
     quantizers = quantizers_of(value)
     if quantizers is not None and len(quantizers) == 1 and not quantizers[0].signed:
-        return LinearPattern(product, activation, quantizers[0], None, no_rows, quantizers[0].codes)
+        return LinearPattern(*taken, activation, quantizers[0], None, no_rows, quantizers[0].codes)
     found = _residual(value, shapes, claimed)
     if found is None:
-        return LinearPattern(product, activation, None, None, no_rows, value)
+        return LinearPattern(*taken, activation, None, None, no_rows, value)
     add, index, rows = found
     claimed.add(add)
-    return LinearPattern(product, activation, None, (add, index), rows, add.outputs[0])
+    return LinearPattern(*taken, activation, None, (add, index), rows, add.outputs[0])
 
 
-def _residual(
-    value: ir.Value, shapes: Batches, claimed: set[ir.Node]
-) -> tuple[ir.Node, int, NDArray[np.int64]] | None:
+def _residual(value: ir.Value, shapes: Batches, claimed: set[ir.Node]) -> tuple[ir.Node, int, NDArray[np.int64]] | None:
     """The Add that alone reads `value`, its rows moved or not, the index of the other input, and the rows' table."""
     read = readers(value, shapes.two)
     if len(read) != 1 or read[0].node is None or not is_op(read[0].node, "Add") or read[0].node in claimed:

@@ -86,6 +86,7 @@ def emit_unsigned(found: FoundQuantizer, build: Builder) -> ir.Value:
             for name, limit in (("minimum", quantizer.minimum), ("maximum", quantizer.maximum))
         ]
         codes = build.op("Clip", [codes, *limits], name="quantize_clip")
+    codes.name = f"{found.codes.name}/unsigned"
     codes.shape, codes.dtype = found.codes.shape, ir.DataType.UINT8
     return codes
 

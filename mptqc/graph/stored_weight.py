@@ -1,4 +1,4 @@
-"""Integer weights read back from the initializers that a compiled file holds: int8, or bit planes and what widens them."""
+"""Integer weights read back from a compiled file: int8, or bit planes and what widens them."""
 
 from dataclasses import dataclass
 

@@ -6,11 +6,14 @@ float function here and then `quantize_codes`.
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mptqc.plan import ActivationQuantizer, TwoRegion
+
+Number = TypeVar("Number", bound=np.generic)
 
 DOMAIN = "ai.mptqc"
 DOMAIN_VERSION = 1
@@ -129,7 +132,7 @@ def linear(
     a [.., K], weight [K, N] (not blocked), weight_scale and bias [N]; float32, the residual's shape or [.., N].
     `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
     """
-    accumulator = (a.astype(np.int64) - input_zero_point) @ weight.astype(np.int64)
+    accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
     y = accumulator.astype(np.float32) * (np.float32(input_scale) * weight_scale) + bias
     if activation == "gelu":
         y = gelu(y)
@@ -172,8 +175,8 @@ def attention_probabilities(
 
     bias and mask are [W, 1 or H, 1 or T, S]; batch entry b takes entry b mod W.
     """
-    query = _by_head(q, heads).astype(np.int64) - scales.q_zero_point
-    key = _by_head(k, heads).astype(np.int64) - scales.k_zero_point
+    query = _by_head(q, heads).astype(np.float64) - scales.q_zero_point
+    key = _by_head(k, heads).astype(np.float64) - scales.k_zero_point
     accumulator = query @ key.swapaxes(-1, -2)
     scores = accumulator.astype(np.float32) * (np.float32(scales.q_scale) * np.float32(scales.k_scale))
     for added in (bias, mask):
@@ -189,14 +192,19 @@ def attention_context(
     p: NDArray[np.uint8], p_quantizer: CodeQuantizer, v: NDArray[np.uint8], scales: AttentionScales
 ) -> NDArray[np.float32]:
     """Σ (p − z_p)(v − z_v) · (Δ_p·Δ_v): p [B, H, T, S], v [B, S, H·e]; [B, T, H·e] float32."""
+    sums = context_sums(p.astype(np.float64) - p_quantizer.zero_point, v.astype(np.float64) - scales.v_zero_point)
+    y: NDArray[np.float32] = sums.astype(np.float32) * (np.float32(p_quantizer.scale) * np.float32(scales.v_scale))
+    return y
+
+
+def context_sums(p: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Σ p·v by head, of whole numbers and exact: p [B, H, T, S], v [B, S, H·e]; [B, T, H·e]."""
     batch, heads, rows, _ = p.shape
-    value = _by_head(v, heads).astype(np.int64) - scales.v_zero_point
-    accumulator = (p.astype(np.int64) - p_quantizer.zero_point) @ value
-    context = accumulator.astype(np.float32) * (np.float32(p_quantizer.scale) * np.float32(scales.v_scale))
-    return np.ascontiguousarray(context.swapaxes(1, 2).reshape(batch, rows, v.shape[2]))
+    total = p @ _by_head(v, heads)
+    return np.ascontiguousarray(total.swapaxes(1, 2).reshape(batch, rows, v.shape[2]))
 
 
-def patches(x: NDArray[np.float32], patch_height: int, patch_width: int) -> NDArray[np.float32]:
+def patches(x: NDArray[Number], patch_height: int, patch_width: int) -> NDArray[Number]:
     """Disjoint patches of images x [B, C, h·P, w·Q]: [B, h, w, C·P·Q], channels slowest, columns fastest."""
     batch, channels, height, width = x.shape
     rows, columns, size = height // patch_height, width // patch_width, channels * patch_height * patch_width
@@ -204,7 +212,7 @@ def patches(x: NDArray[np.float32], patch_height: int, patch_width: int) -> NDAr
     return np.ascontiguousarray(split.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, size))
 
 
-def _by_head(x: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
+def _by_head(x: NDArray[Number], heads: int) -> NDArray[Number]:
     """[B, T, H·d] -> [B, H, T, d]."""
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
 
