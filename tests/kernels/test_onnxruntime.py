@@ -1,4 +1,4 @@
-"""The operators inside ONNX Runtime: the portable file's numbers, threads, concurrent runs, errors for malformed nodes."""
+"""The operators in ONNX Runtime: the portable file's numbers, threads, concurrent runs, errors for malformed nodes."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
