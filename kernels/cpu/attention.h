@@ -21,10 +21,11 @@ struct AttentionTask {
   const AttentionScratch layout;
   int8_t *keys, *values;
   int32_t *key_offset, *value_offset;
-  float* scores;    // [L::kRows, padded columns]
-  uint8_t* codes;   // the same; zero from `columns` on
-  Quantizer<L> probability;
-  Output<L> output;
+  float* scores;   // [L::kRows, padded columns]
+  uint8_t* codes;  // the same; zero from `columns` on
+  int32_t code_sum[kMostRows];
+  QuantizerConstants probability;
+  Output output;
   Tile tile;
 
   // `scratch` has layout.bytes bytes.
@@ -53,6 +54,8 @@ struct AttentionTask {
       write_context(batch, head, row, rows);
     }
   }
+
+  static constexpr float kLowest = -3.40282347e38f;
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
   int32_t signed_v_zero() const { return a.v_zero_point - 128; }
@@ -134,7 +137,7 @@ struct AttentionTask {
     F largest[kMostRows];
     for (int r = 0; r < rows; ++r) {
       row_offset[r] = -signed_k_zero() * sum_of(query.data + r * stride, a.width);
-      largest[r] = L::set(-3.40282347e38f);
+      largest[r] = L::set(kLowest);
     }
     for (int64_t column = 0; column < a.columns; column += kPanel) {
       const int columns = static_cast<int>(least(kPanel, a.columns - column));
@@ -144,7 +147,7 @@ struct AttentionTask {
       for (int r = 0; r < rows; ++r) {
         const float* bias = addend_row(a.bias, batch, head, row + r);
         const float* mask = addend_row(a.mask, batch, head, row + r);
-        largest[r] = finish_scores(r, L::set(row_offset[r]), column, columns, bias, mask, largest[r]);
+        largest[r] = finish_scores(r, row_offset[r], column, columns, bias, mask, largest[r]);
       }
     }
     for (int r = 0; r < rows; ++r) quantize_softmax(r, L::largest(largest[r]));
@@ -157,47 +160,79 @@ struct AttentionTask {
   }
 
   F finish_scores(
-      int r, I row_offset, int64_t first, int columns, const float* bias, const float* mask, F largest) {
-    const F scale = L::set(a.score_scale);
+      int r, int32_t row_offset, int64_t first, int columns, const float* bias, const float* mask, F largest) {
+    using W = Wide<L>;
+    float* to = scores + r * layout.padded_columns + first;
+    if (columns == kPanel) {
+      const auto sum = W::add(W::load(tile.sum[r]), W::set(row_offset));
+      auto score = W::multiply(W::to_float(sum), W::set(a.score_scale));
+      if (bias != nullptr) score = W::add(score, W::load(bias + first));
+      if (mask != nullptr) score = W::add(score, W::load(mask + first));
+      W::store(to, score);
+      const F half = L::maximum(score.part[0], score.part[1]);
+      return L::maximum(largest, L::maximum(half, L::maximum(score.part[2], score.part[3])));
+    }
     for (int c = 0; c < columns; c += 16) {
       const int n = columns - c < 16 ? columns - c : 16;
-      F score = L::multiply(L::to_float(L::add(L::load(tile.sum[r] + c), row_offset)), scale);
+      const I sum = L::add(L::load(tile.sum[r] + c), L::set(row_offset));
+      F score = L::multiply(L::to_float(sum), L::set(a.score_scale));
       if (bias != nullptr) score = L::add(score, L::load(bias + first + c, n));
       if (mask != nullptr) score = L::add(score, L::load(mask + first + c, n));
-      score = L::first(n, score, L::set(-3.40282347e38f));
-      L::store(scores + r * layout.padded_columns + first + c, score);
+      score = L::first(n, score, L::set(kLowest));
+      L::store(to + c, score);
       largest = L::maximum(largest, score);
     }
     return largest;
   }
 
+  // Powers are summed in four vectors, whose order does not depend on the instruction set.
   void quantize_softmax(int r, float largest) {
+    using W = Wide<L>;
+    constexpr float inverse_ln2 = 1.44269504f;  // e^(s - largest) = 2^(s/ln 2 - largest/ln 2)
+    const float shift = -largest * inverse_ln2;
     float* score = scores + r * layout.padded_columns;
     uint8_t* code = codes + r * layout.padded_columns;
-    const F shift = L::set(largest);
-    F total = L::set(0.0f);
-    for (int64_t c = 0; c < a.columns; c += 16) {
-      const int n = static_cast<int>(least(16, a.columns - c));
-      const F power = L::first(n, exponential<L>(L::subtract(L::load(score + c), shift)), L::set(0.0f));
-      L::store(score + c, power);
-      total = L::add(total, power);
+    typename W::F total = W::set(0.0f);
+    int64_t c = 0;
+    for (; c + kPanel <= a.columns; c += kPanel) {
+      const auto power = power_of_2<W>(W::multiply_add(W::load(score + c), W::set(inverse_ln2), W::set(shift)));
+      W::store(score + c, power);
+      total = W::add(total, power);
     }
-    const F quotient = L::set(1.0f / (L::sum(total) * a.probability.scale));
-    for (int64_t c = 0; c < a.columns; c += 16) {
-      const int n = static_cast<int>(least(16, a.columns - c));
-      const I steps = probability.codes_of_quotient(L::multiply(L::load(score + c), quotient));
-      L::store_codes(code + c, steps, n);
+    MPTQC_UNROLL
+    for (int i = 0; i < kPanelBlocks; ++i) {
+      if (c + 16 * i >= a.columns) break;
+      float* part = score + c + 16 * i;
+      const F power = power_of_2<L>(L::multiply_add(L::load(part), L::set(inverse_ln2), L::set(shift)));
+      const F kept = L::first(lanes(c + 16 * i), power, L::set(0.0f));
+      L::store(part, kept);
+      total.part[i] = L::add(total.part[i], kept);
     }
+    const F sums = L::add(L::add(total.part[0], total.part[1]), L::add(total.part[2], total.part[3]));
+    const float quotient = 1.0f / (L::sum(sums) * a.probability.scale);
+    typename W::I all = W::set(int32_t{0});
+    for (c = 0; c + kPanel <= a.columns; c += kPanel) {
+      const auto steps = codes_of_quotient<W>(probability, W::multiply(W::load(score + c), W::set(quotient)));
+      W::store_codes(code + c, steps);
+      all = W::add(all, steps);
+    }
+    I rest = L::add(L::add(all.part[0], all.part[1]), L::add(all.part[2], all.part[3]));
+    for (; c < a.columns; c += 16) {
+      const I steps = codes_of_quotient<L>(probability, L::multiply(L::load(score + c), L::set(quotient)));
+      L::store_codes(code + c, steps, lanes(c));
+      rest = L::add(rest, L::first(lanes(c), steps, L::set(int32_t{0})));
+    }
+    code_sum[r] = L::sum(rest);
   }
+
+  int lanes(int64_t c) const { return static_cast<int>(least(16, a.columns - c)); }
 
   void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t block_bytes = ceil_divide(a.columns, kBlockInputs) * kBlockBytes;
     const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
     const F scale = L::set(a.context_scale);
     I row_offset[kMostRows];
-    for (int r = 0; r < rows; ++r) {
-      row_offset[r] = L::set(-signed_v_zero() * sum_of(codes + r * layout.padded_columns, a.columns));
-    }
+    for (int r = 0; r < rows; ++r) row_offset[r] = L::set(-signed_v_zero() * code_sum[r]);
     for (int64_t column = 0; column < a.value_width; column += kPanel) {
       const int columns = static_cast<int>(least(kPanel, a.value_width - column));
       const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
@@ -206,7 +241,7 @@ struct AttentionTask {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
         for (int c = 0; c < columns; c += 16) {
           const F y = L::multiply(L::to_float(L::add(L::load(tile.sum[r] + c), row_offset[r])), scale);
-          output.store(to + c, y, columns - c < 16 ? columns - c : 16);
+          write<L>(output, to + c, y, columns - c < 16 ? columns - c : 16);
         }
       }
     }

@@ -67,6 +67,9 @@ struct LanesAvx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(code), codes);
     std::memcpy(to, code, n);
   }
+  static void store_codes(uint8_t* to, const I (&a)[4]) {
+    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, a[i], 16);
+  }
   static I mask(int n) {
     const __m256i bound = _mm256_set1_epi32(n);
     return {_mm256_cmpgt_epi32(bound, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),

@@ -35,6 +35,13 @@ struct LanesAvx512Vnni {
   static void store(float* to, F a, int n) { _mm512_mask_storeu_ps(to, mask(n), a); }
   static void store(int32_t* to, I a) { _mm512_storeu_si512(to, a); }
   static void store_codes(uint8_t* to, I a, int n) { _mm_mask_storeu_epi8(to, mask(n), _mm512_cvtepi32_epi8(a)); }
+  static void store_codes(uint8_t* to, const I (&a)[4]) {
+    const __m512i words01 = _mm512_packs_epi32(a[0], a[1]), words23 = _mm512_packs_epi32(a[2], a[3]);
+    const __m512i codes = _mm512_packus_epi16(words01, words23);
+    // Packing works within quarters of a register: word 4q + v holds vector v's part of quarter q.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, codes));
+  }
   static F first(int n, F a, F b) { return _mm512_mask_mov_ps(b, mask(n), a); }
   static I first(int n, I a, I b) { return _mm512_mask_mov_epi32(b, mask(n), a); }
 

@@ -57,6 +57,11 @@ struct LanesPortable {
     for (int i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(a.lane[i]);
   }
 
+  // The low bytes of four vectors; the codes are 0 to 255.
+  static void store_codes(uint8_t* to, const I (&a)[4]) {
+    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, a[i], 16);
+  }
+
   // The first n lanes of a, the others of b.
   static F first(int n, F a, F b) {
     for (int i = n; i < 16; ++i) a.lane[i] = b.lane[i];

@@ -10,7 +10,7 @@ namespace mptqc {
 template <class L>
 struct LinearTask {
   const mptqc_linear& a;
-  Output<L> output;
+  Output output;
 
   explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output) {}
 
@@ -36,16 +36,26 @@ struct LinearTask {
     return row - row % a.table_size + a.table[row % a.table_size];
   }
 
-  void finish(const int32_t* sum, int64_t row, int64_t first_column, int columns) const {
-    for (int c = 0; c < columns; c += 16) {
-      const int64_t column = first_column + c, index = row * a.outputs + column;
-      const int n = columns - c < 16 ? columns - c : 16;
-      typename L::F y = L::multiply(L::to_float(L::load(sum + c)), L::load(a.scale + column));
-      y = L::add(y, L::load(a.bias + column));
-      if (a.activation == MPTQC_GELU) y = gelu<L>(y);
-      if (a.residual != nullptr) y = L::add(y, L::load(a.residual + index, n));
-      output.store(index, y, n);
+  void finish(const int32_t* sum, int64_t row, int64_t column, int columns) const {
+    const int64_t index = row * a.outputs + column;
+    if (columns == kPanel) {
+      auto y = scaled<Wide<L>>(sum, column);
+      if (a.residual != nullptr) y = Wide<L>::add(y, Wide<L>::load(a.residual + index));
+      return write<L>(output, index, y);
     }
+    for (int c = 0; c < columns; c += 16) {
+      const int n = columns - c < 16 ? columns - c : 16;
+      auto y = scaled<L>(sum + c, column + c);
+      if (a.residual != nullptr) y = L::add(y, L::load(a.residual + index + c, n));
+      write<L>(output, index + c, y, n);
+    }
+  }
+
+  template <class V>
+  MPTQC_INLINE typename V::F scaled(const int32_t* sum, int64_t column) const {
+    auto y = V::multiply(V::to_float(V::load(sum)), V::load(a.scale + column));
+    y = V::add(y, V::load(a.bias + column));
+    return a.activation == MPTQC_GELU ? gelu<V>(y) : y;
   }
 };
 

@@ -8,7 +8,7 @@ namespace mptqc {
 template <class L>
 struct PatchesTask {
   const mptqc_patches& a;
-  Quantizer<L> quantizer;
+  QuantizerConstants quantizer;
 
   explicit PatchesTask(const mptqc_patches& arguments) : a(arguments), quantizer(arguments.quantizer) {}
 
@@ -28,7 +28,7 @@ struct PatchesTask {
   void quantize_run(const float* x, uint8_t* to) const {
     for (int64_t q = 0; q < a.patch_width; q += 16) {
       const int n = static_cast<int>(least(16, a.patch_width - q));
-      L::store_codes(to + q, quantizer.codes(L::load(x + q, n)), n);
+      L::store_codes(to + q, codes_of<L>(quantizer, L::load(x + q, n)), n);
     }
   }
 };

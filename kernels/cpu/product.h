@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "sizes.h"
+#include "wide.h"
 
 namespace mptqc {
 
@@ -24,41 +24,44 @@ struct Blocks {
   int64_t block_bytes;
 };
 
-// The last 4 codes of a row or fewer, zeros behind them.
-template <class L>
-typename L::Inputs last_inputs(const uint8_t* codes, int64_t count) {
-  uint8_t padded[4] = {};
-  std::memcpy(padded, codes, count);
-  return L::spread(padded);
+// sum[r][v] += a[r] * w[v] over one group of 4 inputs.
+template <class L, int Rows, int Vectors>
+MPTQC_INLINE void add_group(
+    typename L::I (&sum)[Rows][Vectors], const uint8_t* a, int64_t stride, const int8_t* block, int64_t block_bytes) {
+  typename L::Weights weights[Vectors];
+  MPTQC_UNROLL
+  for (int v = 0; v < Vectors; ++v) weights[v] = L::weights(block + v * block_bytes);
+  MPTQC_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const typename L::Inputs inputs = L::spread(a + r * stride);
+    MPTQC_UNROLL
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = L::dot(sum[r][v], inputs, weights[v]);
+  }
 }
 
 // tile[r][c] = offset[c] + sum_k a[r][k] * w[k][c] for Rows rows and Vectors blocks of 16 columns.
 template <class L, int Rows, int Vectors>
 void multiply_tile(Codes a, Blocks w, const int32_t* offset, int32_t (*tile)[kPanel]) {
   typename L::I sum[Rows][Vectors];
+  MPTQC_UNROLL
   for (int v = 0; v < Vectors; ++v) {
-    const typename L::I start = L::load(offset + 16 * v);
-    for (int r = 0; r < Rows; ++r) sum[r][v] = start;
+    MPTQC_UNROLL
+    for (int r = 0; r < Rows; ++r) sum[r][v] = L::load(offset + 16 * v);
   }
-  const int64_t whole = a.width / kBlockInputs, rest = a.width % kBlockInputs;
-  const int8_t* block = w.data;
-  for (int64_t k = 0; k < whole; ++k, block += kBlockBytes) {
-    typename L::Weights weights[Vectors];
-    for (int v = 0; v < Vectors; ++v) weights[v] = L::weights(block + v * w.block_bytes);
-    for (int r = 0; r < Rows; ++r) {
-      const typename L::Inputs inputs = L::spread(a.data + r * a.stride + k * kBlockInputs);
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = L::dot(sum[r][v], inputs, weights[v]);
-    }
+  const int64_t groups = a.width / kBlockInputs, rest = a.width % kBlockInputs;
+  for (int64_t k = 0; k < groups; ++k) {
+    add_group<L, Rows, Vectors>(sum, a.data + k * kBlockInputs, a.stride, w.data + k * kBlockBytes, w.block_bytes);
   }
   if (rest > 0) {
-    for (int r = 0; r < Rows; ++r) {
-      const typename L::Inputs inputs = last_inputs<L>(a.data + r * a.stride + whole * kBlockInputs, rest);
-      for (int v = 0; v < Vectors; ++v)
-        sum[r][v] = L::dot(sum[r][v], inputs, L::weights(block + v * w.block_bytes));
-    }
+    uint8_t last[Rows][kBlockInputs] = {};
+    for (int r = 0; r < Rows; ++r) std::memcpy(last[r], a.data + r * a.stride + groups * kBlockInputs, rest);
+    add_group<L, Rows, Vectors>(sum, last[0], kBlockInputs, w.data + groups * kBlockBytes, w.block_bytes);
   }
-  for (int r = 0; r < Rows; ++r)
+  MPTQC_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    MPTQC_UNROLL
     for (int v = 0; v < Vectors; ++v) L::store(tile[r] + 16 * v, sum[r][v]);
+  }
 }
 
 template <class L, int Rows, int Vectors>

@@ -1,73 +1,94 @@
-// The quantizer of docs/custom-ops.md, sixteen values at a time.
+// The quantizer of docs/custom-ops.md, on one vector (V is a Lanes type) or four (V is Wide).
 #pragma once
 
-#include "sizes.h"
+#include "wide.h"
 
 namespace mptqc {
+namespace {
 
-template <class L>
-struct Quantizer {
-  using F = typename L::F;
-  using I = typename L::I;
-
-  F scale, inverse_scale, bound, low, split, inverse_coarse, first, last;
-  I offset;
+// Its constants, as scalars: they become vectors where they are used, and stay in registers there.
+struct QuantizerConstants {
+  float scale, inverse_scale, low, high, split, first, inverse_coarse;
+  int32_t offset;
   int m;
 
-  explicit Quantizer(const mptqc_quantizer& q) : m(q.m) {
-    const float low_limit = static_cast<float>(q.minimum - q.zero_point);
-    const float high_limit = static_cast<float>(q.maximum - q.zero_point);
-    const float coarse = static_cast<float>(1 << q.m), middle = static_cast<float>(q.split);
-    scale = L::set(q.scale);
-    inverse_scale = L::set(1.0f / q.scale);
-    bound = L::set(512.0f * q.scale);  // no code lies beyond 255 steps
-    low = L::set(low_limit);
-    split = L::set(q.m == 0 ? high_limit : middle);
-    inverse_coarse = L::set(1.0f / coarse);
-    first = L::set(middle / coarse);
-    last = L::set(high_limit / coarse);
-    offset = L::set(static_cast<int32_t>(q.m == 0 ? q.zero_point : q.zero_point - q.split));
-  }
-
-  // x / scale rounded as a division is, by Markstein's theorem: one Newton step makes the quotient faithful, a second
-  // one correct, as inverse_scale is the correctly rounded reciprocal.
-  F divide(F x) const {
-    x = L::maximum(L::minimum(x, bound), L::subtract(L::set(0.0f), bound));
-    F quotient = L::multiply(x, inverse_scale);
-    quotient = L::multiply_add(L::subtract_product(x, quotient, scale), inverse_scale, quotient);
-    return L::multiply_add(L::subtract_product(x, quotient, scale), inverse_scale, quotient);
-  }
-
-  // The codes of x, given x / scale.
-  I codes_of_quotient(F quotient) const {
-    const I fine = L::to_int(L::maximum(L::minimum(quotient, split), low));
-    if (m == 0) return L::add(fine, offset);
-    const F steps = L::multiply(quotient, inverse_coarse);
-    const I coarse = L::to_int(L::maximum(L::minimum(steps, last), first));
-    return L::add(L::add(fine, L::shift_left(coarse, m)), offset);
-  }
-
-  I codes(F x) const { return codes_of_quotient(divide(x)); }
+  explicit QuantizerConstants(const mptqc_quantizer& q)
+      : scale(q.scale),
+        inverse_scale(1.0f / q.scale),
+        low(static_cast<float>(q.minimum - q.zero_point)),
+        high(static_cast<float>(q.maximum - q.zero_point)),
+        split(static_cast<float>(q.split)),
+        first(static_cast<float>(q.split >> q.m)),
+        inverse_coarse(1.0f / static_cast<float>(1 << q.m)),
+        offset(q.zero_point - q.split),
+        m(q.m) {}
 };
 
-// A float or a code output, sixteen values at a time.
-template <class L>
+// A float or a code output.
 struct Output {
   bool quantized;
-  Quantizer<L> quantizer;
+  QuantizerConstants quantizer;
   void* data;
 
-  Output(const mptqc_quantizer* q, void* data)
-      : quantized(q != nullptr), quantizer(q != nullptr ? *q : mptqc_quantizer{1.0f, 0, 0, 255, 0, 0}), data(data) {}
-
-  // The first n lanes of y, from element `index` on.
-  void store(int64_t index, typename L::F y, int n) const {
-    if (quantized) {
-      L::store_codes(static_cast<uint8_t*>(data) + index, quantizer.codes(y), n);
-    } else {
-      L::store(static_cast<float*>(data) + index, y, n);
-    }
-  }
+  Output(const mptqc_quantizer* q, void* to)
+      : quantized(q != nullptr), quantizer(q != nullptr ? *q : mptqc_quantizer{1.0f, 0, 0, 255, 0, 0}), data(to) {}
 };
+
+}  // namespace
+
+// x / scale rounded as a division is, by Markstein's theorem: one Newton step makes the quotient faithful, a second one
+// correct, as inverse_scale is the correctly rounded reciprocal.
+template <class V>
+MPTQC_INLINE typename V::F divide(const QuantizerConstants& q, typename V::F x) {
+  const auto scale = V::set(q.scale), inverse_scale = V::set(q.inverse_scale);
+  auto quotient = V::multiply(x, inverse_scale);
+  quotient = V::multiply_add(V::subtract_product(x, quotient, scale), inverse_scale, quotient);
+  return V::multiply_add(V::subtract_product(x, quotient, scale), inverse_scale, quotient);
+}
+
+template <class V>
+MPTQC_INLINE typename V::F clamp(typename V::F x, float low, float high) {
+  return V::maximum(V::minimum(x, V::set(high)), V::set(low));
+}
+
+// The codes of x, given x / scale where that lies between low and high, give or take its own rounding.
+template <class V>
+MPTQC_INLINE typename V::I codes_in_range(const QuantizerConstants& q, typename V::F quotient) {
+  if (q.m == 0) return V::add(V::to_int(quotient), V::set(q.offset));
+  const auto fine = V::to_int(V::minimum(quotient, V::set(q.split)));
+  const auto coarse = V::to_int(V::maximum(V::multiply(quotient, V::set(q.inverse_coarse)), V::set(q.first)));
+  return V::add(V::add(fine, V::shift_left(coarse, q.m)), V::set(q.offset));
+}
+
+template <class V>
+MPTQC_INLINE typename V::I codes_of_quotient(const QuantizerConstants& q, typename V::F quotient) {
+  return codes_in_range<V>(q, clamp<V>(quotient, q.low, q.high));
+}
+
+// x is held between low and high steps before it is divided: that also keeps infinities out.
+template <class V>
+MPTQC_INLINE typename V::I codes_of(const QuantizerConstants& q, typename V::F x) {
+  return codes_in_range<V>(q, divide<V>(q, clamp<V>(x, q.low * q.scale, q.high * q.scale)));
+}
+
+// The first n of y, from element `index` on.
+template <class L>
+MPTQC_INLINE void write(const Output& output, int64_t index, typename L::F y, int n) {
+  if (output.quantized) {
+    L::store_codes(static_cast<uint8_t*>(output.data) + index, codes_of<L>(output.quantizer, y), n);
+  } else {
+    L::store(static_cast<float*>(output.data) + index, y, n);
+  }
+}
+
+// All of y.
+template <class L>
+MPTQC_INLINE void write(const Output& output, int64_t index, typename Wide<L>::F y) {
+  if (output.quantized) {
+    Wide<L>::store_codes(static_cast<uint8_t*>(output.data) + index, codes_of<Wide<L>>(output.quantizer, y));
+  } else {
+    Wide<L>::store(static_cast<float*>(output.data) + index, y);
+  }
+}
 
 }  // namespace mptqc

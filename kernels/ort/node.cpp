@@ -14,11 +14,11 @@ std::string text(const Shape& shape) {
   return "[" + joined + "]";
 }
 
-void check(Api api, Status* status) {
+void check(Api api, Status* status, const std::string& what) {
   if (status == nullptr) return;
   const std::string message = api.message(status);
   api.release(status);
-  throw std::invalid_argument(message);
+  throw std::invalid_argument(what + message);
 }
 
 namespace {
@@ -55,13 +55,13 @@ std::string Node::name() const {
 
 float Node::number(const std::string& attribute) const {
   float value = 0;
-  check(api_, api_.attribute(info_, attribute.c_str(), &value));
+  check(api_, api_.attribute(info_, attribute.c_str(), &value), attribute + ": ");
   return value;
 }
 
 int64_t Node::integer(const std::string& attribute) const {
   int64_t value = 0;
-  check(api_, api_.attribute(info_, attribute.c_str(), &value));
+  check(api_, api_.attribute(info_, attribute.c_str(), &value), attribute + ": ");
   return value;
 }
 
@@ -76,7 +76,7 @@ int64_t Node::integer(const std::string& attribute, int64_t least, int64_t most)
 
 std::string Node::string(const std::string& attribute) const {
   size_t size = 0;
-  check(api_, api_.attribute(info_, attribute.c_str(), nullptr, &size));
+  check(api_, api_.attribute(info_, attribute.c_str(), nullptr, &size), attribute + ": ");
   std::string value(size, '\0');
   check(api_, api_.attribute(info_, attribute.c_str(), value.data(), &size));
   value.resize(size > 0 ? size - 1 : 0);

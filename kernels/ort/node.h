@@ -41,8 +41,8 @@ inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-// Throws what `status` says, unless it is null.
-void check(Api api, Status* status);
+// Throws `what` and what `status` says, unless it is null.
+void check(Api api, Status* status, const std::string& what = "");
 
 // A node while its kernel is made.
 class Node {

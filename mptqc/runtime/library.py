@@ -1,7 +1,7 @@
 """Where the kernel library is, and whether it works here.
 
-The library holds the operators of the domain `ai.mptqc` (docs/custom-ops.md). It is built when mptqc is installed on a
-machine with a C++17 compiler, and lies in this folder; MPTQC_KERNELS names another build.
+It holds the operators of the domain `ai.mptqc` (docs/custom-ops.md). It is built when mptqc is installed on a machine
+with a C++17 compiler, and lies in this folder; MPTQC_KERNELS names another build.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ from mptqc.errors import ProviderError
 PATH_VARIABLE = "MPTQC_KERNELS"
 ISA_VARIABLE = "MPTQC_ISA"
 LIBRARY_PATH = Path(__file__).with_name("libmptqc_kernels.so")
-"""Where an installation puts its own build; setup.py writes it here."""
+"""Where an installation has its own build; setup.py puts it here."""
 
 HOW_TO_BUILD = (
-    "install mptqc again where a C++17 compiler is (g++ or clang++): pip install --force-reinstall --no-deps ., or let "
-    f"{PATH_VARIABLE} name a build of the library"
+    "install mptqc again where a C++17 compiler is (g++ or clang++): pip install --force-reinstall --no-deps . ; "
+    f"or let {PATH_VARIABLE} name a build of the library"
 )
 
 
@@ -36,40 +36,42 @@ def find_library() -> Path | None:
     return path
 
 
-def chosen_isa(path: Path) -> str:
-    """The instruction set that the library's kernels use on this machine: MPTQC_ISA, or the best there is.
+def load_library(path: Path) -> ctypes.CDLL:
+    """Load the kernel library.
 
     Raises:
-        ProviderError: the library does not load, or MPTQC_ISA names one that this machine lacks.
+        ProviderError: the file is not the kernel library, or does not load here.
     """
     try:
         library = ctypes.CDLL(str(path))
-        choose, name = library.mptqc_choose_isa, library.mptqc_isa_name
+        library.mptqc_isa_name.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         raise ProviderError(f"the kernel library {path} does not load ({error}); {HOW_TO_BUILD}.") from error
-    name.restype = ctypes.c_char_p
-    wanted = os.environ.get(ISA_VARIABLE, "")
-    isa = ctypes.c_int()
-    if choose(wanted.encode(), ctypes.byref(isa)) != 0:
+    return library
+
+
+def chosen_isa(library: ctypes.CDLL) -> str:
+    """The instruction set that the kernels use on this machine: MPTQC_ISA, or the best there is.
+
+    Raises:
+        ProviderError: MPTQC_ISA names one that this machine lacks.
+    """
+    wanted = os.environ.get(ISA_VARIABLE)
+    available = available_isas(library)
+    if wanted and wanted not in available:
         raise ProviderError(
             f"{ISA_VARIABLE} is {wanted!r}, which the kernel library does not have on this processor. It has: "
-            f"{', '.join(available_isas(library))}."
+            f"{', '.join(available)}."
         )
-    return _text(name(isa.value))
+    return wanted or available[-1]
 
 
 def available_isas(library: ctypes.CDLL) -> list[str]:
-    """Names of the instruction sets that the library can use on this machine, worst first."""
-    name = library.mptqc_isa_name
-    name.restype = ctypes.c_char_p
-    found = []
+    """Names of the instruction sets that the kernels can use on this machine, worst first."""
+    found: list[str] = []
     isa = 0
-    while (text := name(isa)) is not None:
+    while (name := library.mptqc_isa_name(isa)) is not None:
         if library.mptqc_isa_runs_here(isa):
-            found.append(_text(text))
+            found.append(name.decode())
         isa += 1
     return found
-
-
-def _text(value: bytes) -> str:
-    return value.decode()

@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from mptqc.errors import ModelError, ProviderError, RecipeError
 from mptqc.reference.custom_ops import DOMAIN
-from mptqc.runtime.library import HOW_TO_BUILD, chosen_isa, find_library
+from mptqc.runtime.library import HOW_TO_BUILD, chosen_isa, find_library, load_library
 
 Session = ort.InferenceSession  # noqa: TID251 - made here only; other modules import this name for their types
 
@@ -179,7 +179,7 @@ def _register_kernels(options: ort.SessionOptions) -> None:
     library = find_library()
     if library is None:
         return
-    logger.info("kernel library %s, instruction set %s", library, chosen_isa(library))
+    logger.info("kernel library %s, instruction set %s", library, chosen_isa(load_library(library)))
     options.register_custom_ops_library(str(library))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mptqc.reference.custom_ops import AttentionScales, CodeQuantizer, block_weight
-from mptqc.runtime.library import available_isas, find_library
+from mptqc.runtime.library import available_isas, find_library, load_library
 
 OK = 0
 I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -133,7 +133,7 @@ class Kernels:
             POINTER(blocks.ctypes.data), I64(inputs), I64(outputs), I32(input_zero_point), POINTER(offset.ctypes.data)
         )
         a = unaligned(a)
-        shape = a.shape[:-1] + (outputs,) if residual is None else residual.shape
+        shape = (*a.shape[:-1], outputs) if residual is None else residual.shape
         output = guarded(shape, np.float32 if quantizer is None else np.uint8)
         residual = None if residual is None else unaligned(residual)
         c_output = None if quantizer is None else ctypes.pointer(c_quantizer(quantizer))
@@ -215,7 +215,7 @@ def library() -> ctypes.CDLL:
     path = find_library()
     if path is None:
         pytest.skip("the kernel library was not built: no C++17 compiler")
-    return ctypes.CDLL(str(path))
+    return load_library(path)
 
 
 @pytest.fixture(scope="session")

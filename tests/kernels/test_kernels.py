@@ -169,7 +169,7 @@ def test_attention(kernels, kernels_of, shape, p_quantizer, added):
 
 
 def assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask):
-    """Rows whose codes of P are beyond doubt are equal bit for bit; in others each doubtful code may be the other one."""
+    """Rows whose codes of P are beyond doubt are equal bit for bit; a doubtful code may be the next one."""
     p = ops.attention_probabilities(q, k, heads, SCALES, bias, mask)
     slack = ops.SOFTMAX_TOLERANCE * np.maximum(p, 2.0**-20)
     low = ops.quantize_codes(p_quantizer, (p - slack).astype(np.float32))
@@ -183,7 +183,9 @@ def assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("shape", [(0, 3, 8, 8, 4, 4), (1, 1, 1, 1, 1, 1), (2, 3, 14, 51, 7, 17), (1, 3, 32, 48, 16, 16)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 8, 8, 4, 4), (1, 1, 1, 1, 1, 1), (2, 3, 14, 51, 7, 17), (1, 3, 32, 48, 16, 16)]
+)
 def test_patches(kernels, quantizer, shape):
     *image, patch_height, patch_width = shape
     x = floats(np.random.default_rng(5), *image) * 3
