@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mptqc.analysis.fidelity import POOREST, Fidelity
-from mptqc.analysis.observe import Progress
+from mptqc.analysis.observe import Progress, fitting_batches
 from mptqc.analysis.verify import VerifyReport, verify_compiled
 from mptqc.compiler import Compiled, apply_plan, compile_model, lower_compiled, silent
 from mptqc.data.load import fit_preprocessing, load_samples
@@ -189,7 +189,7 @@ def _checked(compiled: Compiled, samples: Samples, *, verify: bool, report: Prog
     if not verify:
         return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, None))
     report("verify", 0, 1)
-    batch = next(iter(samples.batches(1)))
+    batch = next(fitting_batches(compiled.model, samples, 1))
     found = verify_compiled(compiled.model, compiled.plan, batch)
     report("verify", 1, 1)
     return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, found))
