@@ -13,6 +13,7 @@ from mptqc.reference.custom_ops import CodeQuantizer
 
 SIGNED_OFFSET = 128
 """What is added to an int8 code, and to its zero point and limits, to make it a uint8 code."""
+UNSIGNED_SUFFIX = "/unsigned"
 LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**100
 """The scales that the operators take."""
 
@@ -86,7 +87,7 @@ def emit_unsigned(found: FoundQuantizer, build: Builder) -> ir.Value:
             for name, limit in (("minimum", quantizer.minimum), ("maximum", quantizer.maximum))
         ]
         codes = build.op("Clip", [codes, *limits], name="quantize_clip")
-    codes.name = f"{found.codes.name}/unsigned"
+    codes.name = f"{found.codes.name}{UNSIGNED_SUFFIX}"
     codes.shape, codes.dtype = found.codes.shape, ir.DataType.UINT8
     return codes
 
