@@ -22,7 +22,7 @@ from mptqc.errors import ModelError, PlanError, RecipeError
 from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.io import load_model, model_digest
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
-from mptqc.passes.base import run_passes
+from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
 from mptqc.passes.fold_attention import FoldAttention
@@ -196,6 +196,10 @@ def lower_compiled(path: Path, target: Target) -> Compiled:
         StageError: it is lowered already.
     """
     model, plan = load_compiled(path)
+    if stage_of(model) is not Stage.QUANTIZED:
+        raise StageError(
+            f"{path} was compiled for target {plan.recipe.target.value!r}; only a file of target 'portable' can be lowered"
+        )
     plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"target": target})})
     lower(model, target)
     model.metadata_props[PLAN_KEY] = plan.model_dump_json()

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.graph.edit import Builder, constant_of, is_op, only_consumer, producer
-from mptqc.graph.quantizer_nodes import CODES
+from mptqc.graph.quantizer_nodes import CODES, lowest_code
 from mptqc.reference.custom_ops import CodeQuantizer
 
 SIGNED_OFFSET = 128
@@ -147,6 +147,8 @@ def _match_two_region(codes: ir.Value, joined: ir.Node, regions: ir.Node) -> Fou
     m = math.frexp(high.scale / low.scale)[1] - 1
     split = low.maximum - low.zero_point
     first = split_code - high.zero_point
+    lowest = lowest_code(high.x, high.scale)
+    starts_there = high.minimum == split_code or (high.minimum < split_code and lowest is not None and lowest >= first)
     consistent = (
         low.x is high.x
         and low.signed == high.signed == last.signed
@@ -154,7 +156,7 @@ def _match_two_region(codes: ir.Value, joined: ir.Node, regions: ir.Node) -> Fou
         and low_zero == low.zero_point
         and 1 <= m <= 7
         and high.scale == low.scale * 2**m
-        and high.minimum == split_code
+        and starts_there
         and split == first * 2**m >= 0
         and low.minimum <= low.zero_point
     )

@@ -20,7 +20,13 @@ from mptqc.runtime.library import find_library
 from mptqc.runtime.session import create_session
 
 ZOO = Path(__file__).parents[2] / "zoo"
-QUICK = {"compensation": False, "range_method": "mse", "samples": 8}
+QUICK = {
+    "range_method": "min-max",
+    "smoothing": False,
+    "attention_folds": False,
+    "compensation": False,
+    "samples": 8,
+}
 # What is compared value by value; codes that the portable model moves as floats, or at another place, are not.
 COMPARED = {
     "vit": {"LayerNormQuantize": 8, "LinearQuantize": 16, "AttentionQuantize": 4, "Linear": 10},
