@@ -55,7 +55,7 @@ struct AttentionTask {
     }
   }
 
-  static constexpr float kLowest = -3.40282347e38f;
+  static constexpr float kLowest = -3.40282347e38f, kInverseLn2 = 1.44269504f;
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
   int32_t signed_v_zero() const { return a.v_zero_point - 128; }
@@ -63,23 +63,19 @@ struct AttentionTask {
   // Four codes of one key are one word of a block: block[s / 16][d / 4][s % 16].
   void block_keys(const uint8_t* k) {
     const int64_t stride = a.heads * a.width, words = ceil_divide(a.width, kBlockInputs);
-    const int64_t whole = a.width / kBlockInputs, rest = a.width % kBlockInputs;
-    for (int64_t s = 0; s < layout.padded_columns; ++s) {
-      int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
-      if (s >= a.columns) {
-        for (int64_t d = 0; d < words; ++d) std::memset(to + d * kBlockBytes, 0, kBlockInputs);
-        continue;
-      }
+    const int64_t whole = a.width / 16 * 16;
+    std::memset(keys, 0, layout.padded_columns * words * kBlockInputs);
+    for (int64_t s = 0; s < a.columns; s += 4) {
       const uint8_t* from = k + s * stride;
-      for (int64_t d = 0; d < whole; ++d) {
-        uint32_t word;
-        std::memcpy(&word, from + d * kBlockInputs, sizeof word);
-        word ^= 0x80808080u;
-        std::memcpy(to + d * kBlockBytes, &word, sizeof word);
+      int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
+      const bool four = s + 4 <= a.columns;
+      for (int64_t d = 0; four && d < whole; d += 16) {
+        const uint8_t* const rows[4] = {from + d, from + stride + d, from + 2 * stride + d, from + 3 * stride + d};
+        L::words_of_rows(rows, to + d * kBlockOutputs);
       }
-      for (int64_t j = 0; rest > 0 && j < kBlockInputs; ++j) {
-        to[whole * kBlockBytes + j] = j < rest ? static_cast<int8_t>(from[whole * kBlockInputs + j] - 128) : int8_t{0};
-      }
+      for (int64_t r = 0; r < least(4, a.columns - s); ++r)
+        for (int64_t d = four ? whole : 0; d < a.width; ++d)
+          to[d / 4 * kBlockBytes + r * 4 + d % 4] = static_cast<int8_t>(from[r * stride + d] - 128);
     }
     const int32_t constant = static_cast<int32_t>(a.width) * a.q_zero_point * signed_k_zero();
     offsets(keys, layout.padded_columns / 16, words, a.q_zero_point, constant, key_offset);
@@ -150,7 +146,7 @@ struct AttentionTask {
         largest[r] = finish_scores(r, row_offset[r], column, columns, bias, mask, largest[r]);
       }
     }
-    for (int r = 0; r < rows; ++r) quantize_softmax(r, L::largest(largest[r]));
+    quantize_softmax(rows, largest);
   }
 
   const float* addend_row(const mptqc_addend& added, int64_t batch, int64_t head, int64_t row) const {
@@ -159,7 +155,7 @@ struct AttentionTask {
     return added.data + ((batch % added.windows * added.heads + h) * added.rows + t) * a.columns;
   }
 
-  F finish_scores(
+  MPTQC_INLINE F finish_scores(
       int r, int32_t row_offset, int64_t first, int columns, const float* bias, const float* mask, F largest) {
     using W = Wide<L>;
     float* to = scores + r * layout.padded_columns + first;
@@ -185,17 +181,28 @@ struct AttentionTask {
     return largest;
   }
 
-  // Powers are summed in four vectors, whose order does not depend on the instruction set.
-  void quantize_softmax(int r, float largest) {
+  // Rows take each step in turn, so that they wait for their sums across lanes together.
+  void quantize_softmax(int rows, const F (&largest)[kMostRows]) {
+    F total[kMostRows];
+    I all[kMostRows];
+    float shift[kMostRows], quotient[kMostRows];
+    for (int r = 0; r < rows; ++r) shift[r] = -L::largest(largest[r]) * kInverseLn2;
+    for (int r = 0; r < rows; ++r) total[r] = raise(scores + r * layout.padded_columns, shift[r]);
+    for (int r = 0; r < rows; ++r) quotient[r] = 1.0f / (L::sum(total[r]) * a.probability.scale);
+    for (int r = 0; r < rows; ++r) {
+      all[r] = quantize(scores + r * layout.padded_columns, quotient[r], codes + r * layout.padded_columns);
+    }
+    for (int r = 0; r < rows; ++r) code_sum[r] = L::sum(all[r]);
+  }
+
+  // Scores become e^s up to a factor: e^(s - largest) = 2^(s/ln 2 + shift). Returns their sum, in an order that does
+  // not depend on the instruction set.
+  MPTQC_INLINE F raise(float* score, float shift) const {
     using W = Wide<L>;
-    constexpr float inverse_ln2 = 1.44269504f;  // e^(s - largest) = 2^(s/ln 2 - largest/ln 2)
-    const float shift = -largest * inverse_ln2;
-    float* score = scores + r * layout.padded_columns;
-    uint8_t* code = codes + r * layout.padded_columns;
     typename W::F total = W::set(0.0f);
     int64_t c = 0;
     for (; c + kPanel <= a.columns; c += kPanel) {
-      const auto power = power_of_2<W>(W::multiply_add(W::load(score + c), W::set(inverse_ln2), W::set(shift)));
+      const auto power = power_of_2<W>(W::multiply_add(W::load(score + c), W::set(kInverseLn2), W::set(shift)));
       W::store(score + c, power);
       total = W::add(total, power);
     }
@@ -203,26 +210,31 @@ struct AttentionTask {
     for (int i = 0; i < kPanelBlocks; ++i) {
       if (c + 16 * i >= a.columns) break;
       float* part = score + c + 16 * i;
-      const F power = power_of_2<L>(L::multiply_add(L::load(part), L::set(inverse_ln2), L::set(shift)));
+      const F power = power_of_2<L>(L::multiply_add(L::load(part), L::set(kInverseLn2), L::set(shift)));
       const F kept = L::first(lanes(c + 16 * i), power, L::set(0.0f));
       L::store(part, kept);
       total.part[i] = L::add(total.part[i], kept);
     }
-    const F sums = L::add(L::add(total.part[0], total.part[1]), L::add(total.part[2], total.part[3]));
-    const float quotient = 1.0f / (L::sum(sums) * a.probability.scale);
-    typename W::I all = W::set(int32_t{0});
-    for (c = 0; c + kPanel <= a.columns; c += kPanel) {
-      const auto steps = codes_of_quotient<W>(probability, W::multiply(W::load(score + c), W::set(quotient)));
+    return L::add(L::add(total.part[0], total.part[1]), L::add(total.part[2], total.part[3]));
+  }
+
+  // The codes of quotient * power, and their sum by lanes.
+  MPTQC_INLINE I quantize(const float* power, float quotient, uint8_t* code) const {
+    using W = Wide<L>;
+    typename W::I total = W::set(int32_t{0});
+    int64_t c = 0;
+    for (; c + kPanel <= a.columns; c += kPanel) {
+      const auto steps = codes_of_quotient<W>(probability, W::multiply(W::load(power + c), W::set(quotient)));
       W::store_codes(code + c, steps);
-      all = W::add(all, steps);
+      total = W::add(total, steps);
     }
-    I rest = L::add(L::add(all.part[0], all.part[1]), L::add(all.part[2], all.part[3]));
+    I sum = L::add(L::add(total.part[0], total.part[1]), L::add(total.part[2], total.part[3]));
     for (; c < a.columns; c += 16) {
-      const I steps = codes_of_quotient<L>(probability, L::multiply(L::load(score + c), L::set(quotient)));
+      const I steps = codes_of_quotient<L>(probability, L::multiply(L::load(power + c), L::set(quotient)));
       L::store_codes(code + c, steps, lanes(c));
-      rest = L::add(rest, L::first(lanes(c), steps, L::set(int32_t{0})));
+      sum = L::add(sum, L::first(lanes(c), steps, L::set(int32_t{0})));
     }
-    code_sum[r] = L::sum(rest);
+    return sum;
   }
 
   int lanes(int64_t c) const { return static_cast<int>(least(16, a.columns - c)); }
@@ -230,21 +242,28 @@ struct AttentionTask {
   void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t block_bytes = ceil_divide(a.columns, kBlockInputs) * kBlockBytes;
     const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
-    const F scale = L::set(a.context_scale);
-    I row_offset[kMostRows];
-    for (int r = 0; r < rows; ++r) row_offset[r] = L::set(-signed_v_zero() * code_sum[r]);
     for (int64_t column = 0; column < a.value_width; column += kPanel) {
       const int columns = static_cast<int>(least(kPanel, a.value_width - column));
       const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
       multiply<L>(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile);
       for (int r = 0; r < rows; ++r) {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
+        const int32_t row_offset = -signed_v_zero() * code_sum[r];
+        if (columns == kPanel) {
+          write<L>(output, to, scaled_context<Wide<L>>(tile.sum[r], row_offset));
+          continue;
+        }
         for (int c = 0; c < columns; c += 16) {
-          const F y = L::multiply(L::to_float(L::add(L::load(tile.sum[r] + c), row_offset[r])), scale);
-          write<L>(output, to + c, y, columns - c < 16 ? columns - c : 16);
+          const int n = columns - c < 16 ? columns - c : 16;
+          write<L>(output, to + c, scaled_context<L>(tile.sum[r] + c, row_offset), n);
         }
       }
     }
+  }
+
+  template <class V>
+  MPTQC_INLINE typename V::F scaled_context(const int32_t* sum, int32_t row_offset) const {
+    return V::multiply(V::to_float(V::add(V::load(sum), V::set(row_offset))), V::set(a.context_scale));
   }
 };
 
