@@ -1,4 +1,4 @@
-// 2^x and GELU, on one vector (V is a Lanes type) or four (V is Wide). Coefficients are Chebyshev fits, rounded to float;
+// 2^x and GELU, kPanel values at a time (V is a Wide). Coefficients are Chebyshev fits, rounded to float;
 // even and odd powers are two chains, which halves the wait.
 #pragma once
 
