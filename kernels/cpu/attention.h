@@ -14,19 +14,21 @@ namespace mptqc {
 
 template <class L>
 struct AttentionTask {
-  using F = typename L::F;
-  using I = typename L::I;
+  using V = Wide<L>;
+  using F = typename V::F;
+  using I = typename V::I;
 
   const mptqc_attention& a;
   const AttentionScratch layout;
   int8_t *keys, *values;
   int32_t *key_offset, *value_offset;
   float* scores;   // [L::kRows, padded columns]
-  uint8_t* codes;  // the same; zero from `columns` on
-  int32_t code_sum[kMostRows];
+  uint8_t* codes;  // the same
+  int32_t code_sum[kMostRows], code_of_zero;
+  float beyond[kPanel];  // added to the last scores of a row: 0 in its columns, as low as can be beyond
   QuantizerConstants probability;
   Output output;
-  Tile tile;
+  Tile tile = {};
 
   // `scratch` has layout.bytes bytes.
   AttentionTask(const mptqc_attention& arguments, uint8_t* scratch)
@@ -39,7 +41,10 @@ struct AttentionTask {
         scores(reinterpret_cast<float*>(scratch + layout.scores)),
         codes(scratch + layout.codes),
         probability(arguments.probability),
-        output(arguments.quantizer, arguments.output) {}
+        output(arguments.quantizer, arguments.output) {
+    code_of_zero = V::sum(codes_of_quotient<V>(probability, V::set(0.0f))) / static_cast<int32_t>(kPanel);
+    for (int c = 0; c < kPanel; ++c) beyond[c] = c < (a.columns - 1) % kPanel + 1 ? 0.0f : kLowest;
+  }
 
   void run(int64_t task) {
     const int64_t chunks = chunk_count(a.rows), chunk = chunk_rows(a.rows);
@@ -47,7 +52,6 @@ struct AttentionTask {
     const int64_t head = task / chunks % a.heads, batch = task / chunks / a.heads;
     block_keys(a.k + (batch * a.columns * a.heads + head) * a.width);
     block_values(a.v + (batch * a.columns * a.heads + head) * a.value_width);
-    std::memset(codes, 0, kMostRows * layout.padded_columns);
     for (int64_t row = first_row; row < end_row; row += L::kRows) {
       const int rows = static_cast<int>(least(L::kRows, end_row - row));
       score_rows(batch, head, row, rows);
@@ -55,7 +59,7 @@ struct AttentionTask {
     }
   }
 
-  static constexpr float kLowest = -3.40282347e38f;
+  static constexpr float kLowest = -3.40282347e38f, kInverseLn2 = 1.44269504f;
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
   int32_t signed_v_zero() const { return a.v_zero_point - 128; }
@@ -63,26 +67,23 @@ struct AttentionTask {
   // Four codes of one key are one word of a block: block[s / 16][d / 4][s % 16].
   void block_keys(const uint8_t* k) {
     const int64_t stride = a.heads * a.width, words = ceil_divide(a.width, kBlockInputs);
-    const int64_t whole = a.width / kBlockInputs, rest = a.width % kBlockInputs;
-    for (int64_t s = 0; s < layout.padded_columns; ++s) {
-      int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
-      if (s >= a.columns) {
-        for (int64_t d = 0; d < words; ++d) std::memset(to + d * kBlockBytes, 0, kBlockInputs);
-        continue;
-      }
+    const int64_t whole = a.width / 16 * 16;
+    const int64_t blocks = ceil_divide(a.columns, kBlockOutputs);
+    std::memset(keys, 0, blocks * words * kBlockBytes);
+    for (int64_t s = 0; s < a.columns; s += 4) {
       const uint8_t* from = k + s * stride;
-      for (int64_t d = 0; d < whole; ++d) {
-        uint32_t word;
-        std::memcpy(&word, from + d * kBlockInputs, sizeof word);
-        word ^= 0x80808080u;
-        std::memcpy(to + d * kBlockBytes, &word, sizeof word);
+      int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
+      const bool four = s + 4 <= a.columns;
+      for (int64_t d = 0; four && d < whole; d += 16) {
+        const uint8_t* const rows[4] = {from + d, from + stride + d, from + 2 * stride + d, from + 3 * stride + d};
+        L::words_of_rows(rows, to + d * kBlockOutputs);
       }
-      for (int64_t j = 0; rest > 0 && j < kBlockInputs; ++j) {
-        to[whole * kBlockBytes + j] = j < rest ? static_cast<int8_t>(from[whole * kBlockInputs + j] - 128) : int8_t{0};
-      }
+      for (int64_t r = 0; r < least(4, a.columns - s); ++r)
+        for (int64_t d = four ? whole : 0; d < a.width; ++d)
+          to[d / 4 * kBlockBytes + r * 4 + d % 4] = static_cast<int8_t>(from[r * stride + d] - 128);
     }
     const int32_t constant = static_cast<int32_t>(a.width) * a.q_zero_point * signed_k_zero();
-    offsets(keys, layout.padded_columns / 16, words, a.q_zero_point, constant, key_offset);
+    offsets(keys, blocks, words, a.q_zero_point, constant, key_offset);
   }
 
   void block_values(const uint8_t* v) {
@@ -114,7 +115,7 @@ struct AttentionTask {
       const int8_t* data, int64_t blocks, int64_t groups, int32_t zero_point, int32_t constant, int32_t* offset) {
     const uint8_t ones[4] = {1, 1, 1, 1};
     for (int64_t block = 0; block < blocks; ++block) {
-      I sum = L::set(int32_t{0});
+      auto sum = L::set(int32_t{0});
       for (int64_t group = 0; group < groups; ++group) {
         sum = L::dot(sum, L::spread(ones), L::weights(data + (block * groups + group) * kBlockBytes));
       }
@@ -136,21 +137,20 @@ struct AttentionTask {
     int32_t row_offset[kMostRows];
     F largest[kMostRows];
     for (int r = 0; r < rows; ++r) {
-      row_offset[r] = -signed_k_zero() * sum_of(query.data + r * stride, a.width);
-      largest[r] = L::set(kLowest);
+      row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * sum_of(query.data + r * stride, a.width);
+      largest[r] = V::set(kLowest);
     }
     for (int64_t column = 0; column < a.columns; column += kPanel) {
-      const int columns = static_cast<int>(least(kPanel, a.columns - column));
       const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
-      const int blocks = static_cast<int>(ceil_divide(columns, 16));
+      const int blocks = static_cast<int>(ceil_divide(count(column), 16));
       multiply<L>(rows, blocks, query, panel, key_offset + column, tile);
       for (int r = 0; r < rows; ++r) {
         const float* bias = addend_row(a.bias, batch, head, row + r);
         const float* mask = addend_row(a.mask, batch, head, row + r);
-        largest[r] = finish_scores(r, row_offset[r], column, columns, bias, mask, largest[r]);
+        largest[r] = finish_scores(r, row_offset[r], column, bias, mask, largest[r]);
       }
     }
-    for (int r = 0; r < rows; ++r) quantize_softmax(r, L::largest(largest[r]));
+    quantize_softmax(rows, largest);
   }
 
   const float* addend_row(const mptqc_addend& added, int64_t batch, int64_t head, int64_t row) const {
@@ -159,90 +159,72 @@ struct AttentionTask {
     return added.data + ((batch % added.windows * added.heads + h) * added.rows + t) * a.columns;
   }
 
-  F finish_scores(
-      int r, int32_t row_offset, int64_t first, int columns, const float* bias, const float* mask, F largest) {
-    using W = Wide<L>;
-    float* to = scores + r * layout.padded_columns + first;
-    if (columns == kPanel) {
-      const auto sum = W::add(W::load(tile.sum[r]), W::set(row_offset));
-      auto score = W::multiply(W::to_float(sum), W::set(a.score_scale));
-      if (bias != nullptr) score = W::add(score, W::load(bias + first));
-      if (mask != nullptr) score = W::add(score, W::load(mask + first));
-      W::store(to, score);
-      const F half = L::maximum(score.part[0], score.part[1]);
-      return L::maximum(largest, L::maximum(half, L::maximum(score.part[2], score.part[3])));
-    }
-    for (int c = 0; c < columns; c += 16) {
-      const int n = columns - c < 16 ? columns - c : 16;
-      const I sum = L::add(L::load(tile.sum[r] + c), L::set(row_offset));
-      F score = L::multiply(L::to_float(sum), L::set(a.score_scale));
-      if (bias != nullptr) score = L::add(score, L::load(bias + first + c, n));
-      if (mask != nullptr) score = L::add(score, L::load(mask + first + c, n));
-      score = L::first(n, score, L::set(kLowest));
-      L::store(to + c, score);
-      largest = L::maximum(largest, score);
-    }
-    return largest;
+  // Scores of kPanel columns; `largest` takes them in.
+  MPTQC_INLINE F finish_scores(
+      int r, int32_t row_offset, int64_t column, const float* bias, const float* mask, F largest) {
+    const int n = count(column);
+    const auto sum = V::add(V::load(tile.sum[r]), V::set(row_offset));
+    auto score = V::multiply(V::to_float(sum), V::set(a.score_scale));
+    if (bias != nullptr) score = V::add(score, V::load(bias + column, n));
+    if (mask != nullptr) score = V::add(score, V::load(mask + column, n));
+    if (n < kPanel) score = V::add(score, V::load(beyond));
+    V::store(scores + r * layout.padded_columns + column, score);
+    return V::maximum(largest, score);
   }
 
-  // Powers are summed in four vectors, whose order does not depend on the instruction set.
-  void quantize_softmax(int r, float largest) {
-    using W = Wide<L>;
-    constexpr float inverse_ln2 = 1.44269504f;  // e^(s - largest) = 2^(s/ln 2 - largest/ln 2)
-    const float shift = -largest * inverse_ln2;
-    float* score = scores + r * layout.padded_columns;
-    uint8_t* code = codes + r * layout.padded_columns;
-    typename W::F total = W::set(0.0f);
-    int64_t c = 0;
-    for (; c + kPanel <= a.columns; c += kPanel) {
-      const auto power = power_of_2<W>(W::multiply_add(W::load(score + c), W::set(inverse_ln2), W::set(shift)));
-      W::store(score + c, power);
-      total = W::add(total, power);
+  // Rows take each step in turn, so that they wait for their sums across lanes together.
+  void quantize_softmax(int rows, const F (&largest)[kMostRows]) {
+    F total[kMostRows];
+    I all[kMostRows];
+    float shift[kMostRows], quotient[kMostRows];
+    for (int r = 0; r < rows; ++r) shift[r] = -V::largest(largest[r]) * kInverseLn2;
+    for (int r = 0; r < rows; ++r) total[r] = raise(scores + r * layout.padded_columns, shift[r]);
+    for (int r = 0; r < rows; ++r) quotient[r] = 1.0f / (V::sum(total[r]) * a.probability.scale);
+    for (int r = 0; r < rows; ++r) {
+      all[r] = quantize(scores + r * layout.padded_columns, quotient[r], codes + r * layout.padded_columns);
     }
-    MPTQC_UNROLL
-    for (int i = 0; i < kPanelBlocks; ++i) {
-      if (c + 16 * i >= a.columns) break;
-      float* part = score + c + 16 * i;
-      const F power = power_of_2<L>(L::multiply_add(L::load(part), L::set(inverse_ln2), L::set(shift)));
-      const F kept = L::first(lanes(c + 16 * i), power, L::set(0.0f));
-      L::store(part, kept);
-      total.part[i] = L::add(total.part[i], kept);
-    }
-    const F sums = L::add(L::add(total.part[0], total.part[1]), L::add(total.part[2], total.part[3]));
-    const float quotient = 1.0f / (L::sum(sums) * a.probability.scale);
-    typename W::I all = W::set(int32_t{0});
-    for (c = 0; c + kPanel <= a.columns; c += kPanel) {
-      const auto steps = codes_of_quotient<W>(probability, W::multiply(W::load(score + c), W::set(quotient)));
-      W::store_codes(code + c, steps);
-      all = W::add(all, steps);
-    }
-    I rest = L::add(L::add(all.part[0], all.part[1]), L::add(all.part[2], all.part[3]));
-    for (; c < a.columns; c += 16) {
-      const I steps = codes_of_quotient<L>(probability, L::multiply(L::load(score + c), L::set(quotient)));
-      L::store_codes(code + c, steps, lanes(c));
-      rest = L::add(rest, L::first(lanes(c), steps, L::set(int32_t{0})));
-    }
-    code_sum[r] = L::sum(rest);
+    const int32_t excess = static_cast<int32_t>(layout.padded_columns - a.columns) * code_of_zero;
+    for (int r = 0; r < rows; ++r) code_sum[r] = V::sum(all[r]) - excess;
   }
 
-  int lanes(int64_t c) const { return static_cast<int>(least(16, a.columns - c)); }
+  // Scores become e^s up to a factor: e^(s - largest) = 2^(s/ln 2 + shift). Returns their sum, which is 1 or more, so that
+  // the 2^-126 of each score beyond the last column is lost in it.
+  MPTQC_INLINE F raise(float* score, float shift) const {
+    auto total = V::set(0.0f);
+    for (int64_t c = 0; c < a.columns; c += kPanel) {
+      const auto power = power_of_2<V>(V::multiply_add(V::load(score + c), V::set(kInverseLn2), V::set(shift)));
+      V::store(score + c, power);
+      total = V::add(total, power);
+    }
+    return total;
+  }
+
+  // The codes of quotient * power; returns their sum. Beyond the last column they are that of 0, and the values are 0.
+  MPTQC_INLINE I quantize(const float* power, float quotient, uint8_t* code) const {
+    auto total = V::set(int32_t{0});
+    for (int64_t c = 0; c < a.columns; c += kPanel) {
+      const auto steps = codes_of_quotient<V>(probability, V::multiply(V::load(power + c), V::set(quotient)));
+      V::store_codes(code + c, steps);
+      total = V::add(total, steps);
+    }
+    return total;
+  }
+
+  // How many of the kPanel columns from c on there are.
+  int count(int64_t c) const { return static_cast<int>(least(kPanel, a.columns - c)); }
 
   void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t block_bytes = ceil_divide(a.columns, kBlockInputs) * kBlockBytes;
     const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
-    const F scale = L::set(a.context_scale);
-    I row_offset[kMostRows];
-    for (int r = 0; r < rows; ++r) row_offset[r] = L::set(-signed_v_zero() * code_sum[r]);
     for (int64_t column = 0; column < a.value_width; column += kPanel) {
       const int columns = static_cast<int>(least(kPanel, a.value_width - column));
       const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
       multiply<L>(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile);
       for (int r = 0; r < rows; ++r) {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
-        for (int c = 0; c < columns; c += 16) {
-          const F y = L::multiply(L::to_float(L::add(L::load(tile.sum[r] + c), row_offset[r])), scale);
-          write<L>(output, to + c, y, columns - c < 16 ? columns - c : 16);
-        }
+        const int32_t row_offset = -signed_v_zero() * code_sum[r];
+        const auto total = V::add(V::load(tile.sum[r]), V::set(row_offset));
+        write<V>(output, to, V::multiply(V::to_float(total), V::set(a.context_scale)), columns);
       }
     }
   }

@@ -36,7 +36,6 @@ const Implementation* find(mptqc_isa isa) {
 }
 
 bool is_size(int64_t size) { return size >= 0 && size <= int64_t{1} << 40; }
-bool is_term_count(int64_t size) { return size >= 0 && size <= kMostTerms; }
 bool is_code(int32_t code) { return code >= 0 && code <= 255; }
 bool is_table(int64_t size, int64_t rows) { return size == 0 || (size > 0 && rows % size == 0); }
 bool is_sound(const mptqc_quantizer& quantizer) { return mptqc_quantizer_fault(&quantizer) == nullptr; }
@@ -53,13 +52,13 @@ bool is_sound(const mptqc_layer_norm& a) {
 }
 
 bool is_sound(const mptqc_linear& a) {
-  return is_size(a.rows) && is_size(a.outputs) && is_term_count(a.inputs) && is_table(a.table_size, a.rows) &&
+  return is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms && is_table(a.table_size, a.rows) &&
          (a.activation == MPTQC_NO_ACTIVATION || a.activation == MPTQC_GELU) && is_sound(a.quantizer);
 }
 
 bool is_sound(const mptqc_attention& a) {
-  return is_size(a.batch) && a.heads > 0 && is_size(a.heads) && is_size(a.rows) && is_term_count(a.columns) &&
-         is_term_count(a.width) && is_size(a.value_width) && is_code(a.q_zero_point) && is_code(a.k_zero_point) &&
+  return is_size(a.batch) && a.heads > 0 && is_size(a.heads) && is_size(a.rows) && is_size(a.columns) &&
+         a.columns <= kMostAttentionTerms && is_size(a.width) && a.width <= kMostAttentionTerms && is_size(a.value_width) && is_code(a.q_zero_point) && is_code(a.k_zero_point) &&
          is_code(a.v_zero_point) && is_sound(a.bias, a) && is_sound(a.mask, a) && is_sound(a.probability) &&
          is_sound(a.quantizer);
 }
@@ -139,7 +138,7 @@ mptqc_status mptqc_linear_run(mptqc_isa isa, const mptqc_linear* arguments, int6
 void mptqc_linear_offset(
     const int8_t* weight, int64_t inputs, int64_t outputs, int32_t zero_point, int32_t* offset) {
   const int64_t groups = ceil_divide(inputs, kBlockInputs);
-  for (int64_t n = 0; n < round_up(outputs, kBlockOutputs); ++n) {
+  for (int64_t n = 0; n < outputs; ++n) {
     const int8_t* column = weight + n / kBlockOutputs * groups * kBlockBytes + n % kBlockOutputs * kBlockInputs;
     int32_t sum = 0;
     for (int64_t group = 0; group < groups; ++group)

@@ -147,6 +147,7 @@ struct LanesAvx2 {
   }
 
   static void block_of_rows(const uint8_t* const rows[4], int8_t* block) { block_of_rows_sse2(rows, block); }
+  static void words_of_rows(const uint8_t* const rows[4], int8_t* first_block) { words_of_rows_sse2(rows, first_block); }
 };
 
 }  // namespace mptqc

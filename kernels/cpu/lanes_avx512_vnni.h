@@ -73,6 +73,7 @@ struct LanesAvx512Vnni {
   static I dot(I sum, Inputs a, Weights w) { return _mm512_dpbusd_epi32(sum, a.codes, w.codes); }
 
   static void block_of_rows(const uint8_t* const rows[4], int8_t* block) { block_of_rows_sse2(rows, block); }
+  static void words_of_rows(const uint8_t* const rows[4], int8_t* first_block) { words_of_rows_sse2(rows, first_block); }
 };
 
 }  // namespace mptqc

@@ -172,6 +172,12 @@ struct LanesPortable {
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 4; ++j) block[4 * i + j] = static_cast<int8_t>(rows[j][i] - 128);
   }
+  // Sixteen codes of four rows, each code minus 128: the w-th four codes of row r become word r of the w-th block.
+  static void words_of_rows(const uint8_t* const rows[4], int8_t* first_block) {
+    for (int w = 0; w < 4; ++w)
+      for (int r = 0; r < 4; ++r)
+        for (int j = 0; j < 4; ++j) first_block[64 * w + 4 * r + j] = static_cast<int8_t>(rows[r][4 * w + j] - 128);
+  }
 };
 
 }  // namespace mptqc

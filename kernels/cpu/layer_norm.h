@@ -9,7 +9,7 @@ namespace mptqc {
 
 template <class L>
 struct LayerNormTask {
-  using F = typename L::F;
+  using V = Wide<L>;
   const mptqc_layer_norm& a;
   QuantizerConstants quantizer;
 
@@ -27,49 +27,28 @@ struct LayerNormTask {
     return row - row % a.table_size + a.table[row % a.table_size];
   }
 
-  // Sums are taken in four vectors, whose order does not depend on the instruction set.
   void normalize(const float* x, uint8_t* to) const {
     const float width = static_cast<float>(a.width);
-    F total[kPanelBlocks], squares[kPanelBlocks];
-    MPTQC_UNROLL
-    for (int i = 0; i < kPanelBlocks; ++i) total[i] = squares[i] = L::set(0.0f);
+    auto total = V::set(0.0f);
+    for (int64_t c = 0; c < a.width; c += kPanel) total = V::add(total, V::load(x + c, count(c)));
+    const auto mean = V::set(V::sum(total) / width);
+    auto squares = V::set(0.0f);
     for (int64_t c = 0; c < a.width; c += kPanel) {
-      MPTQC_UNROLL
-      for (int i = 0; i < kPanelBlocks; ++i) {
-        if (c + 16 * i < a.width) total[i] = L::add(total[i], part(x, c + 16 * i));
-      }
+      const auto centred = V::subtract(V::load(x + c, count(c)), mean);
+      const auto kept = V::first(count(c), centred, V::set(0.0f));
+      squares = V::multiply_add(kept, kept, squares);
     }
-    const float mean = sum(total) / width;
+    const auto factor = V::set(1.0f / std::sqrt(V::sum(squares) / width + a.epsilon));
     for (int64_t c = 0; c < a.width; c += kPanel) {
-      MPTQC_UNROLL
-      for (int i = 0; i < kPanelBlocks; ++i) {
-        if (c + 16 * i >= a.width) break;
-        const F centred = L::subtract(part(x, c + 16 * i), L::set(mean));
-        const F kept = L::first(lanes(c + 16 * i), centred, L::set(0.0f));
-        squares[i] = L::multiply_add(kept, kept, squares[i]);
-      }
-    }
-    const float factor = 1.0f / std::sqrt(sum(squares) / width + a.epsilon);
-    int64_t c = 0;
-    for (; c + kPanel <= a.width; c += kPanel) {
-      using W = Wide<L>;
-      const auto normal = W::multiply(W::subtract(W::load(x + c), W::set(mean)), W::set(factor));
-      const auto y = W::multiply_add(normal, W::load(a.gamma + c), W::load(a.beta + c));
-      W::store_codes(to + c, codes_of<W>(quantizer, y));
-    }
-    for (; c < a.width; c += 16) {
-      const F normal = L::multiply(L::subtract(part(x, c), L::set(mean)), L::set(factor));
-      const F y = L::multiply_add(normal, part(a.gamma, c), part(a.beta, c));
-      L::store_codes(to + c, codes_of<L>(quantizer, y), lanes(c));
+      const int n = count(c);
+      const auto normal = V::multiply(V::subtract(V::load(x + c, n), mean), factor);
+      const auto y = V::multiply_add(normal, V::load(a.gamma + c, n), V::load(a.beta + c, n));
+      V::store_codes(to + c, codes_of<V>(quantizer, y), n);
     }
   }
 
-  int lanes(int64_t c) const { return static_cast<int>(least(16, a.width - c)); }
-  F part(const float* x, int64_t c) const { return L::load(x + c, lanes(c)); }
-
-  static float sum(const F (&parts)[kPanelBlocks]) {
-    return L::sum(L::add(L::add(parts[0], parts[1]), L::add(parts[2], parts[3])));
-  }
+  // How many of the kPanel channels from c on there are.
+  int count(int64_t c) const { return static_cast<int>(least(kPanel, a.width - c)); }
 };
 
 }  // namespace mptqc

@@ -9,6 +9,7 @@ namespace mptqc {
 
 template <class L>
 struct LinearTask {
+  using V = Wide<L>;
   const mptqc_linear& a;
   Output output;
 
@@ -22,7 +23,7 @@ struct LinearTask {
     const int blocks = static_cast<int>(ceil_divide(columns, kBlockOutputs));
     const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes;
     const Blocks weight = {a.weight + first_column / kBlockOutputs * block_bytes, block_bytes};
-    Tile tile;
+    Tile tile = {};
     for (int64_t row = first_row; row < end_row; row += L::kRows) {
       const int rows = static_cast<int>(least(L::kRows, end_row - row));
       const Codes input = {a.input + row * a.inputs, a.inputs, a.inputs};
@@ -38,24 +39,11 @@ struct LinearTask {
 
   void finish(const int32_t* sum, int64_t row, int64_t column, int columns) const {
     const int64_t index = row * a.outputs + column;
-    if (columns == kPanel) {
-      auto y = scaled<Wide<L>>(sum, column);
-      if (a.residual != nullptr) y = Wide<L>::add(y, Wide<L>::load(a.residual + index));
-      return write<L>(output, index, y);
-    }
-    for (int c = 0; c < columns; c += 16) {
-      const int n = columns - c < 16 ? columns - c : 16;
-      auto y = scaled<L>(sum + c, column + c);
-      if (a.residual != nullptr) y = L::add(y, L::load(a.residual + index + c, n));
-      write<L>(output, index + c, y, n);
-    }
-  }
-
-  template <class V>
-  MPTQC_INLINE typename V::F scaled(const int32_t* sum, int64_t column) const {
     auto y = V::multiply(V::to_float(V::load(sum)), V::load(a.scale + column));
     y = V::add(y, V::load(a.bias + column));
-    return a.activation == MPTQC_GELU ? gelu<V>(y) : y;
+    if (a.activation == MPTQC_GELU) y = gelu<V>(y);
+    if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
+    write<V>(output, index, y, columns);
   }
 };
 

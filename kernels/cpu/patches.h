@@ -25,6 +25,7 @@ struct PatchesTask {
     }
   }
 
+  // A patch is rarely wider than a vector: Wide would waste most of its work.
   void quantize_run(const float* x, uint8_t* to) const {
     for (int64_t q = 0; q < a.patch_width; q += 16) {
       const int n = static_cast<int>(least(16, a.patch_width - q));

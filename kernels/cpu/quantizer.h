@@ -1,4 +1,4 @@
-// The quantizer of docs/custom-ops.md, on one vector (V is a Lanes type) or four (V is Wide).
+// The quantizer of docs/custom-ops.md, on four vectors (V is a Wide) or one (V is a Lanes type).
 #pragma once
 
 #include "wide.h"
@@ -72,22 +72,12 @@ MPTQC_INLINE typename V::I codes_of(const QuantizerConstants& q, typename V::F x
 }
 
 // The first n of y, from element `index` on.
-template <class L>
-MPTQC_INLINE void write(const Output& output, int64_t index, typename L::F y, int n) {
+template <class V>
+MPTQC_INLINE void write(const Output& output, int64_t index, typename V::F y, int n) {
   if (output.quantized) {
-    L::store_codes(static_cast<uint8_t*>(output.data) + index, codes_of<L>(output.quantizer, y), n);
+    V::store_codes(static_cast<uint8_t*>(output.data) + index, codes_of<V>(output.quantizer, y), n);
   } else {
-    L::store(static_cast<float*>(output.data) + index, y, n);
-  }
-}
-
-// All of y.
-template <class L>
-MPTQC_INLINE void write(const Output& output, int64_t index, typename Wide<L>::F y) {
-  if (output.quantized) {
-    Wide<L>::store_codes(static_cast<uint8_t*>(output.data) + index, codes_of<Wide<L>>(output.quantizer, y));
-  } else {
-    Wide<L>::store(static_cast<float*>(output.data) + index, y);
+    V::store(static_cast<float*>(output.data) + index, y, n);
   }
 }
 

@@ -15,13 +15,14 @@ constexpr int64_t kBlockBytes = kBlockOutputs * kBlockInputs;
 
 // A panel is what one pass of the product covers: 4 blocks of outputs.
 constexpr int kPanelBlocks = 4;
-constexpr int64_t kPanel = kPanelBlocks * kBlockOutputs;
+constexpr int64_t kPanel = MPTQC_PANEL;
+static_assert(kPanel == kPanelBlocks * kBlockOutputs);
 
 // The most rows of a product's register tile in any implementation.
 constexpr int kMostRows = 6;
 
-// Sums over this many products of two codes, offset included, fit int32.
-constexpr int64_t kMostTerms = 32768;
+// Sums over this many products of two codes fit int32, their offsets included: one for a Linear, three in attention.
+constexpr int64_t kMostLinearTerms = 32768, kMostAttentionTerms = 16384;
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
@@ -41,7 +42,7 @@ struct AttentionScratch {
   int64_t padded_columns, keys, key_offset, values, value_offset, scores, codes, bytes;
 
   explicit AttentionScratch(const mptqc_attention& a)
-      : padded_columns(round_up(a.columns, kBlockOutputs)),
+      : padded_columns(round_up(a.columns, kPanel)),
         keys(0),
         key_offset(keys + padded_columns * round_up(a.width, kBlockInputs)),
         values(key_offset + line(padded_columns * 4)),

@@ -10,7 +10,7 @@ namespace mptqc {
 #define MPTQC_UNROLL _Pragma("GCC unroll 16")
 #define MPTQC_INLINE inline __attribute__((always_inline))
 
-// Has the lane-wise members of a Lanes type, for kPanel values.
+// Has the members of a Lanes type that work on values, for kPanel of them.
 template <class L>
 struct Wide {
   static constexpr int kParts = kPanelBlocks;
@@ -51,6 +51,41 @@ struct Wide {
     for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i]);
   }
   static void store_codes(uint8_t* to, I a) { L::store_codes(to, a.part); }
+
+  // The same for the first n <= kPanel values alone.
+  static F load(const float* from, int n) {
+    if (n == kPanel) return load(from);
+    F out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::load(from + 16 * i, lanes(n, i));
+    return out;
+  }
+  static void store(float* to, F a, int n) {
+    if (n == kPanel) return store(to, a);
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i], lanes(n, i));
+  }
+  static void store_codes(uint8_t* to, I a, int n) {
+    if (n == kPanel) return store_codes(to, a);
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) L::store_codes(to + 16 * i, a.part[i], lanes(n, i));
+  }
+  template <class Vector>
+  static Vector first(int n, Vector a, Vector b) {
+    if (n == kPanel) return a;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) a.part[i] = L::first(lanes(n, i), a.part[i], b.part[i]);
+    return a;
+  }
+  // How many of the first n values are in part i.
+  static int lanes(int n, int i) { return n <= 16 * i ? 0 : n >= 16 * i + 16 ? 16 : n - 16 * i; }
+
+  // Sums fold parts, then lanes: one order for every instruction set.
+  static float sum(F a) { return L::sum(L::add(L::add(a.part[0], a.part[1]), L::add(a.part[2], a.part[3]))); }
+  static float largest(F a) {
+    return L::largest(L::maximum(L::maximum(a.part[0], a.part[1]), L::maximum(a.part[2], a.part[3])));
+  }
+  static int32_t sum(I a) { return L::sum(L::add(L::add(a.part[0], a.part[1]), L::add(a.part[2], a.part[3]))); }
 
 #define MPTQC_WIDE_1(Result, name, A)                                 \
   static Result name(A a) {                                           \

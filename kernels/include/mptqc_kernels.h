@@ -23,6 +23,7 @@ extern "C" {
 
 #define MPTQC_BLOCK_OUTPUTS 16
 #define MPTQC_BLOCK_INPUTS 4
+#define MPTQC_PANEL 64 /* what the arrays of one value per output are padded to */
 
 typedef enum { MPTQC_OK = 0, MPTQC_INVALID_ARGUMENT = 1, MPTQC_OUT_OF_MEMORY = 2 } mptqc_status;
 
@@ -68,7 +69,7 @@ typedef struct {
   int64_t rows, inputs, outputs;
   const uint8_t* input; /* [rows, inputs] */
   const int8_t* weight; /* blocked */
-  const int32_t* offset; /* offset, scale, bias: [outputs rounded up to 16] */
+  const int32_t* offset; /* offset, scale, bias: [outputs rounded up to 64] */
   const float *scale, *bias;
   int32_t activation;
   const float* residual; /* [rows, outputs], or null */
@@ -81,7 +82,7 @@ typedef struct {
 MPTQC_EXPORT int64_t mptqc_linear_tasks(const mptqc_linear* arguments);
 MPTQC_EXPORT mptqc_status mptqc_linear_run(mptqc_isa isa, const mptqc_linear* arguments, int64_t task);
 
-/* offset[n] = -zero_point * sum_k weight[k, n]: what makes a sum over codes one over (code - zero_point). */
+/* offset[n] = -zero_point * sum_k weight[k, n] for each output: what makes a sum over codes one over (code - zero_point). */
 MPTQC_EXPORT void mptqc_linear_offset(
     const int8_t* weight, int64_t inputs, int64_t outputs, int32_t zero_point, int32_t* offset);
 

@@ -90,9 +90,10 @@ LinearBase::LinearBase(const Node& node, mptqc_isa isa)
 
   const float input_scale = positive(node, "input_scale");
   for (float& scale : scale_) scale *= input_scale;
-  scale_.resize(blocks * kBlockOutputs);
-  bias_.resize(blocks * kBlockOutputs);
-  offset_.resize(blocks * kBlockOutputs);
+  const int64_t padded = (outputs_ + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
+  scale_.resize(padded);
+  bias_.resize(padded);
+  offset_.resize(padded);
   mptqc_linear_offset(weight.as<int8_t>(), groups_ * kBlockInputs, outputs_, code(node, "input_zero_point"),
                       offset_.data());
 }

@@ -125,7 +125,7 @@ class Kernels:
     ):  # fmt: skip
         inputs, outputs = weight.shape
         blocks = unaligned(block_weight(weight))
-        padding = (0, -outputs % 16)
+        padding = (0, -outputs % 64)
         scale = unaligned(np.pad(np.float32(input_scale) * weight_scale, padding))
         padded_bias = unaligned(np.pad(bias, padding))
         offset = unaligned(np.zeros(scale.size, np.int32))

@@ -72,9 +72,9 @@ void layer_norm() {
 
 void linear() {
   const int64_t rows = size(0, 20), inputs = size(0, 70), outputs = size(0, 150);
-  const int64_t padded = (outputs + 15) / 16 * 16;
+  const int64_t blocked = (outputs + 15) / 16 * 16, padded = (outputs + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
   const auto input = codes(rows * inputs);
-  auto weight = codes(padded * ((inputs + 3) / 4 * 4));
+  const auto weight = codes(blocked * ((inputs + 3) / 4 * 4));
   const auto residual = floats(rows * outputs), scale = floats(padded), bias = floats(padded);
   const auto rows_table = table(rows);
   std::vector<int32_t> offset(padded);
