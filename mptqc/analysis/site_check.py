@@ -20,7 +20,7 @@ class SiteCheck:
     Attributes:
         site: site id.
         product: name of the product's node.
-        code_mismatches: codes (of an operator of `ai.mptqc`: outputs) that are not the reference's, of `codes` compared.
+        code_mismatches: codes that are not the reference's, of `codes` compared; of an operator of `ai.mptqc`, outputs.
         codes: how many were compared.
         error: largest |output − reference|, in units of its own tolerance; at most 1 passes.
         fused: ONNX Runtime runs it as one operator (else as MatMulInteger and what follows: right, but slower).
