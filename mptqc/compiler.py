@@ -198,7 +198,7 @@ def lower_compiled(path: Path, target: Target) -> Compiled:
     model, plan = load_compiled(path)
     if stage_of(model) is not Stage.QUANTIZED:
         raise StageError(
-            f"{path} was compiled for target {plan.recipe.target.value!r}; only a file of target 'portable' can be lowered"
+            f"{path} was compiled for target {plan.recipe.target.value!r}; only a file of target 'portable' is lowered"
         )
     plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"target": target})})
     lower(model, target)

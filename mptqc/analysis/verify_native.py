@@ -1,7 +1,8 @@
 """Does each operator of `ai.mptqc` give, on what it reads, what the plan means? Compared with the numpy reference.
 
-Inputs and outputs are those of one run; scales and quantizers are the plan's, not the file's. A code or a float is right
-if it follows from values within the tolerances of `mptqc.reference.custom_ops`.
+Inputs and outputs are those of one run; scales and quantizers are the plan's, not the file's. What no plan knows (ε, GELU,
+the number of heads) is the file's. An output is right if it follows from values within the tolerances of
+`mptqc.reference.custom_ops`.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ def _planned_output(node: ir.Node, plan: QuantPlan) -> ActivationQuantizer:
     """The planned quantizer of what reads the operator's codes, at the far end of any movement.
 
     Raises:
-        VerifyError: nothing that the plan names reads them.
+        VerifyError: nothing that the plan names reads them, or it takes another code for zero.
     """
     frontier = [node.outputs[0]]
     while frontier:
@@ -109,13 +110,26 @@ def _planned_output(node: ir.Node, plan: QuantPlan) -> ActivationQuantizer:
             if is_op(use.node, "Concat", *MOVEMENT_OPS):
                 frontier.extend(use.node.outputs)
             elif is_native(use.node, *ATTENTION_OPS):
-                attention = _attention(use.node, plan)
+                attention, letter = _attention(use.node, plan), "qkv"[use.idx]
+                _check_zero_point(node, use.node, f"{letter}_zero_point")
                 return (attention.q, attention.k, attention.v)[use.idx]
+            elif is_native(use.node, *LINEAR_OPS):
+                _check_zero_point(node, use.node, "input_zero_point")
+                return _layer(use.node, plan).input
             elif any(each.site == site_of(use.node) for each in plan.layers):
                 return _layer(use.node, plan).input
             elif is_op(use.node, "MatMulInteger"):  # an attention in portable form: k and v of it are int8
                 return _attention(use.node, plan).q
     raise VerifyError(f"{node.name}: no planned product reads its codes; the file was edited after it was compiled")
+
+
+def _check_zero_point(writer: ir.Node, reader: ir.Node, name: str) -> None:
+    written, read = writer.attributes["output_zero_point"].as_int(), reader.attributes[name].as_int()
+    if written != read:
+        raise VerifyError(
+            f"{site_of(reader)}: {name} is {read}, but {writer.name} writes codes with zero point {written}; the file "
+            "was edited after it was compiled"
+        )
 
 
 def _layer(node: ir.Node, plan: QuantPlan) -> LayerPlan:
