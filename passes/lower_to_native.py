@@ -38,9 +38,6 @@ from mptqc.graph.quantizer_match import FoundQuantizer, emit_unsigned
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION
 
-DEFAULT_EPSILON = 1e-5
-"""Of LayerNormalization."""
-
 Candidate = TypeVar("Candidate")
 Pattern = TypeVar("Pattern")
 
@@ -84,8 +81,10 @@ class LowerToNative(Pass):
             _lower_linear(linear)
         remove_dead(model)
         record_lowering(model, refused)
-        model.opset_imports[DOMAIN] = DOMAIN_VERSION
-        return PassResult(model, len(attentions) + len(norms) + len(patches) + len(linears))
+        edits = len(attentions) + len(norms) + len(patches) + len(linears)
+        if edits:
+            model.opset_imports[DOMAIN] = DOMAIN_VERSION
+        return PassResult(model, edits)
 
 
 def _matches(
@@ -160,11 +159,10 @@ def _side_by_side(
 
 def _lower_norm(found: NormPattern, shapes: Batches) -> None:
     norm = found.norm
-    epsilon = norm.node.attributes.get_float("epsilon", DEFAULT_EPSILON)
     for path in found.paths:
         build = Builder(norm.node, norm.site)
         rows = build.constant("rows", path.rows) if path.rows.size > 1 else None
-        attributes = {"epsilon": epsilon, **path.quantizer.quantizer.attributes("output")}
+        attributes = {"epsilon": found.epsilon, **path.quantizer.quantizer.attributes("output")}
         node = emit_native("LayerNormQuantize", [*norm.node.inputs[:3], rows], attributes, norm.site, build)
         codes = node.outputs[0]
         if not path.moves:

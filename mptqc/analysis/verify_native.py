@@ -1,7 +1,7 @@
 """Does each operator of `ai.mptqc` give, on what it reads, what the plan means? Compared with the numpy reference.
 
-Inputs and outputs are those of one run; scales and quantizers are the plan's, not the file's. What no plan knows (ε, GELU,
-the number of heads) is the file's. An output is right if it follows from values within the tolerances of
+Inputs and outputs are those of one run; scales and quantizers are the plan's, not the file's. What no plan knows (ε,
+GELU, the number of heads) is the file's. An output is right if it follows from values within the tolerances of
 `mptqc.reference.custom_ops`.
 """
 

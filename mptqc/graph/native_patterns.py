@@ -31,6 +31,7 @@ MOST_TERMS = 32768
 # Movement that keeps the order of the elements.
 _RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 _MOST_ADDITIONS = 2
+_DEFAULT_EPSILON = 1e-5  # of LayerNormalization
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ class NormPattern:
     """A norm read by quantizers alone, one `paths` entry each."""
 
     norm: Norm
+    epsilon: float
     paths: tuple["QuantizedPath", ...]
 
 
@@ -240,6 +242,9 @@ def match_norm(norm: Norm, shapes: Batches) -> NormPattern:
         raise RefusalError("it is not over the last axis")
     if norm.output.is_graph_output() or any(out.uses() or out.is_graph_output() for out in norm.node.outputs[1:]):
         raise RefusalError("its floats, or its statistics, are read elsewhere")
+    epsilon = norm.node.attributes.get_float("epsilon", _DEFAULT_EPSILON)
+    if not epsilon > 0:
+        raise RefusalError(f"its epsilon is {epsilon}")
     paths: dict[ir.Value, QuantizedPath] = {}
     for node in norm.output.consumers():
         moves, quantizer = _first_quantizer(node, norm.output)
@@ -247,7 +252,7 @@ def match_norm(norm: Norm, shapes: Batches) -> NormPattern:
             raise RefusalError(f"{quantizer.codes.name} are int8 codes")
         rows, target = (np.zeros(1, np.int64), quantizer.codes) if moves else _moved_rows(quantizer.codes, shapes)
         paths[quantizer.codes] = QuantizedPath(moves, quantizer, rows, target)
-    return NormPattern(norm, tuple(paths.values()))
+    return NormPattern(norm, epsilon, tuple(paths.values()))
 
 
 def _first_quantizer(node: ir.Node, source: ir.Value) -> tuple[tuple[ir.Node, ...], FoundQuantizer]:
