@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from mptqc.graph.quantizer_match import SIGNED_OFFSET, UNSIGNED_SUFFIX
-from mptqc.reference.custom_op_bounds import output_bounds
+from mptqc.reference.custom_op_bounds import Bounds, output_bounds
 from mptqc.reference.custom_ops import DOMAIN
 from mptqc.runtime.session import create_session
 
@@ -30,35 +30,51 @@ def compare_with_portable(native: ir.Model, portable: ir.Model, feeds: Arrays) -
     """Run every node of the native model on the portable model's values; how many were compared, by operator.
 
     Fed so, a code that flips at a rounding boundary stays alone. Each output must be one that the contract allows, and
-    is exactly the portable one where nothing is approximated.
+    is exactly the portable one where nothing is approximated. Codes that the portable model moves as floats, or before
+    they are codes, are compared where the two meet again.
 
     Raises:
         AssertionError: a node gives another shape or other values; it is named.
     """
     seen = _all_values(portable, feeds)
-    here: dict[str, NDArray[Any]] = dict(feeds)
-    here |= {str(name): value.const_value.numpy() for name, value in native.graph.initializers.items()}
+    here: dict[str, Bounds] = {name: (array, array) for name, array in feeds.items()}
+    for name, value in native.graph.initializers.items():
+        assert value.const_value is not None
+        here[name] = (value.const_value.numpy(),) * 2
+    waiting: dict[str, str] = {}  # values that are not compared yet, and the operator that made them
     compared: Counter[str] = Counter()
     for node in native.graph:
+        read = [None if value is None else str(value.name) for value in node.inputs]
+        maker = node.op_type if node.domain == DOMAIN else next((waiting[name] for name in read if name in waiting), "")
+        sides = [[None if name is None else here[name][side] for name in read] for side in (0, 1)]
         names = [str(value.name) for value in node.outputs]
         expected = [_portable_value(name, seen) for name in names]
-        inputs = [None if value is None else here[str(value.name)] for value in node.inputs]
-        if node.domain == DOMAIN:
-            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-            low, high = output_bounds(node.op_type, attributes, inputs)
-            if expected[0] is not None:
-                _assert_between(low, high, expected[0], f"{node.op_type} {node.name}")
-                compared[node.op_type] += 1
-            made = [low]
-        elif any(value is None for value in expected):  # movement of codes where the portable model moves floats
-            proto = ir.to_proto(node)
-            present = {name: array for name, array in zip(proto.input, inputs, strict=True) if name}
-            made = ReferenceEvaluator(proto).run(None, present)
-        else:
-            made = expected
-        for name, value, here_made in zip(names, expected, made, strict=True):
-            here[name] = here_made if value is None else value
+        if not maker and all(value is not None for value in expected):
+            here |= {name: (value, value) for name, value in zip(names, expected, strict=True)}
+            continue
+        for name, value, bounds in zip(names, expected, _outputs(node, sides), strict=True):
+            here[name] = bounds if value is None else (value, value)
+            if value is None:
+                waiting[name] = maker
+            else:
+                _assert_between(*bounds, value, f"{node.op_type} {node.name}")
+                compared[maker] += 1
     return compared
+
+
+def _outputs(node: ir.Node, sides: list[list[NDArray[Any] | None]]) -> list[Bounds]:
+    """The bounds of each output; of an operator of `ai.mptqc` from one side, as its inputs are the portable ones."""
+    if node.domain == DOMAIN:
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        return [output_bounds(node.op_type, attributes, sides[0])]
+    proto = ir.to_proto(node)
+    low, high = (
+        ReferenceEvaluator(proto).run(
+            None, {name: array for name, array in zip(proto.input, side, strict=True) if name}
+        )
+        for side in sides
+    )
+    return list(zip(low, high, strict=True))
 
 
 def _assert_between(low: NDArray[Any], high: NDArray[Any], value: NDArray[Any], label: str) -> None:

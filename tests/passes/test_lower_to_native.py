@@ -134,6 +134,15 @@ def test_a_norm_is_repeated_for_another_quantizer(block: MakeModel, block_plan: 
     assert compare_with_portable(native, portable, {"x": X}) == {**WHOLE_BLOCK, "LayerNormQuantize": 2}
 
 
+def test_a_context_that_stays_float_is_joined_all_the_same(block: MakeModel, block_plan: MakePlan) -> None:
+    plan = block_plan(8, 8, two_region=False)
+    layers = tuple(each for each in plan.layers if each.site != "block00.proj")
+    portable, native = lower(block(), plan.model_copy(update={"layers": layers}))
+    expected = {"LayerNormQuantize": 1, "LinearQuantize": 4, "Attention": 1, "Linear": 1}
+    assert compare_with_portable(native, portable, {"x": X}) == expected
+    assert not any(each.op_type == "Transpose" for each in native.graph)
+
+
 def test_shifted_windows_become_row_tables(smoothed: Callable[..., ir.Model]) -> None:
     model, plan = shifted_windows(smoothed)
     portable, native = lower(model, plan)
@@ -144,7 +153,7 @@ def test_shifted_windows_become_row_tables(smoothed: Callable[..., ir.Model]) ->
     assert np.array_equal(tables[0], expected)
     assert np.array_equal(tables[1], expected)
     x = np.random.default_rng(2).normal(size=(3, 4, 4, 12)).astype(np.float32)
-    assert compare_with_portable(native, portable, {"x": x}) == {"Linear": 1}
+    assert compare_with_portable(native, portable, {"x": x}) == {"LayerNormQuantize": 1, "Linear": 1}
 
 
 def shifted_windows(smoothed: Callable[..., ir.Model]) -> tuple[ir.Model, QuantPlan]:
