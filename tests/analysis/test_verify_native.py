@@ -7,6 +7,7 @@ import pytest
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.analysis.verify import verify_compiled
 from mptqc.errors import VerifyError
+from mptqc.graph.edit import Builder
 from mptqc.graph.native_nodes import native_nodes
 from mptqc.passes.base import run_passes
 from mptqc.passes.lower_to_native import LowerToNative
@@ -24,13 +25,24 @@ MakeNative = Callable[..., tuple[ir.Model, QuantPlan]]
 
 @pytest.fixture
 def native(block: Callable[[], ir.Model], block_plan: Callable[..., QuantPlan]) -> MakeNative:
-    def make(*bits: int, two_region: bool = True) -> tuple[ir.Model, QuantPlan]:
+    def make(*bits: int, two_region: bool = True, subtract: bool = False) -> tuple[ir.Model, QuantPlan]:
         plan = block_plan(*bits, two_region=two_region, target=Target.CPU_NATIVE)
-        model = run_passes(block(), [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights()])
+        float_model = block()
+        if subtract:
+            subtract_from_scores(float_model)
+        model = run_passes(float_model, [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights()])
         LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
         return model, plan
 
     return make
+
+
+def subtract_from_scores(model: ir.Model) -> None:
+    """What no native attention does."""
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    build = Builder(softmax, "test")
+    one = build.constant("one", np.array(1, np.float32))
+    softmax.replace_input_with(0, build.op("Sub", [softmax.inputs[0], one]))
 
 
 @pytest.mark.parametrize(("bits", "two_region"), [((8, 8), False), ((4, 4), True), ((3, 5), True)])
@@ -39,6 +51,14 @@ def test_a_native_model_passes(native: MakeNative, bits: tuple[int, int], two_re
     assert (report.integer_products, report.float_products) == (8, 0)
     assert len(report.sites) == 8
     assert all(check.codes for check in report.sites)
+
+
+def test_an_attention_in_portable_form_is_checked_too(native: MakeNative) -> None:
+    model, plan = native(4, 4, subtract=True)
+    assert not any(node.op_type.startswith("Attention") for node in native_nodes(model))
+    report = verify_compiled(model, plan, X)
+    assert report.integer_products == 8
+    assert [check.site for check in report.sites[:2]] == ["block00.attention"] * 2
 
 
 @pytest.mark.parametrize(
