@@ -17,19 +17,18 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.errors import RefusalError
+from mptqc.graph.batch_shapes import Batches
 from mptqc.graph.edit import AttributeValue, Builder, remove_dead
 from mptqc.graph.emission import WEIGHT_BITS_KEY
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, stored_weight
 from mptqc.graph.layout import Shapes
 from mptqc.graph.match import Norm, find_norms
+from mptqc.graph.native_attention import AttentionPattern, match_attention
 from mptqc.graph.native_nodes import WEIGHT_INPUTS_KEY, Lowering, emit_blocks, emit_native, record_lowering, take_place
 from mptqc.graph.native_patterns import (
-    AttentionPattern,
-    Batches,
     LinearPattern,
     NormPattern,
     PatchesPattern,
-    match_attention,
     match_linear,
     match_norm,
     match_patches,

@@ -1,7 +1,8 @@
 """What each operator of `ai.mptqc` replaces in a quantized model; finding never edits.
 
 A candidate that the operator cannot express raises `RefusalError`, which says what was found where: it keeps its
-portable form. Movement is never matched op by op: indices are pushed through it (`mptqc.graph.layout`).
+portable form. Movement is never matched op by op: indices are pushed through it (`mptqc.graph.layout`). Attentions are
+in `native_attention`.
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.errors import RefusalError
-from mptqc.graph.edit import constant_of, is_op, only_consumer, scalar_of
+from mptqc.graph.batch_shapes import Batches, divisors
+from mptqc.graph.edit import is_op, only_consumer, scalar_of
 from mptqc.graph.integer_products import IntegerProduct
-from mptqc.graph.layout import MOVEMENT_OPS, Reader, Shapes, readers, trace
+from mptqc.graph.layout import MOVEMENT_OPS, readers, trace
 from mptqc.graph.match import Norm
 from mptqc.graph.quantizer_match import (
     LEAST_SCALE,
@@ -23,189 +25,9 @@ from mptqc.graph.quantizer_match import (
     match_reader,
     quantizers_of,
 )
-from mptqc.reference.custom_ops import patches
+from mptqc.reference.custom_ops import MOST_TERMS, patches
 
-MOST_TERMS = 32768
-"""The operators sum at most so many products of codes in 32 bits."""
-
-# Movement that keeps the order of the elements.
-_RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
-_MOST_ADDITIONS = 2
 _DEFAULT_EPSILON = 1e-5  # of LayerNormalization
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Concrete shapes at two batch sizes; the same where the model's batch is fixed."""
-
-    one: Shapes
-    two: Shapes
-
-    def of(self, value: ir.Value) -> tuple[int, ...]:
-        """The shape at the larger batch, at which movement is traced."""
-        return self.two[str(value.name)]
-
-    def target(self, value: ir.Value) -> NDArray[np.int64]:
-        """What a Reshape is given to make the shape of `value` at any batch.
-
-        Raises:
-            RefusalError: more than one dimension grows with the batch.
-        """
-        small, large = self.one[str(value.name)], self.two[str(value.name)]
-        target = np.array([-1 if one != two else two for one, two in zip(small, large, strict=True)], np.int64)
-        if (target == -1).sum() > 1:
-            raise RefusalError(f"more than one dimension of {value.name} {small} grows with the batch")
-        return target
-
-    def row_table(self, index: NDArray[np.int64], value: ir.Value) -> NDArray[np.int64]:
-        """Which row of each group of R a movement puts where: row r comes from row table[r], [R], the smallest R.
-
-        `index` are the positions in `value` [.., C] that its elements come from; R is 1 if no row moves.
-
-        Raises:
-            RefusalError: rows are split, dropped or repeated, or move from one image to another.
-        """
-        width = self.of(value)[-1]
-        if index.shape[-1:] != (width,) or (index % width != np.arange(width)).any():
-            raise RefusalError(f"the movement behind {value.name} does not keep its channels together")
-        rows = index.reshape(-1, width)[:, 0] // width
-        if not np.array_equal(np.sort(rows), np.arange(np.prod(self.of(value)[:-1], dtype=np.int64))):
-            raise RefusalError(f"the movement behind {value.name} drops or repeats rows")
-        for size in _divisors(int(np.prod(self.one[str(value.name)][:-1]))):
-            grouped = rows.reshape(-1, size)
-            table: NDArray[np.int64] = grouped[0]
-            if np.array_equal(grouped, table + size * np.arange(len(grouped))[:, None]):
-                return table
-        raise RefusalError(f"the movement behind {value.name} mixes images")
-
-
-@dataclass(frozen=True)
-class AttentionPattern:
-    """Both products of an attention, from the codes of q, k and v to `targets`, where the heads lie side by side.
-
-    `added` are what is added to the scores, [W, 1 or H, 1 or T, S] each; `output` quantizes the context, if all
-    that reads it is quantized alike.
-    """
-
-    scores: IntegerProduct
-    context: IntegerProduct
-    heads: int
-    q: FoundQuantizer
-    k: FoundQuantizer
-    v: FoundQuantizer
-    p: FoundQuantizer
-    added: tuple[NDArray[np.float32], ...]
-    output: FoundQuantizer | None
-    targets: tuple[ir.Value, ...]
-
-
-def match_attention(scores: IntegerProduct, context: IntegerProduct, shapes: Batches) -> AttentionPattern:
-    """Read the attention around two products.
-
-    Raises:
-        RefusalError: it is not what the operator computes.
-    """
-    shape = shapes.of(scores.output)
-    if len(shape) != 4 or (shapes.target(scores.output)[1:] == -1).any():
-        raise RefusalError(f"its scores have shape {shape}, not [batch, heads, tokens, tokens]")
-    if max(shape[3], shapes.of(scores.left)[3]) > MOST_TERMS:
-        raise RefusalError(f"it sums more than {MOST_TERMS} products")
-    added, softmax = _score_path(scores, shapes)
-    quantizers = quantizers_of(softmax.outputs[0])
-    if quantizers is None or len(quantizers) != 1 or shapes.of(softmax.outputs[0]) != shape:
-        raise RefusalError(f"{softmax.name} is not read by one quantizer alone")
-    p = quantizers[0]
-    if p.signed or context.left is not p.codes or only_consumer(p.codes) is not context.node:
-        raise RefusalError(f"the codes of {softmax.name} are not read by the product with v alone")
-    if not p.agrees(context.left_scale, context.left_zero):
-        raise RefusalError(f"the product with v does not take the codes of {softmax.name} as they are made")
-    q = _operand("q", scores.left, (0, 2, 1, 3), shapes)
-    k = _operand("k", scores.right, (0, 3, 1, 2), shapes)
-    v = _operand("v", context.right, (0, 2, 1, 3), shapes)
-    for letter, found, scale, zero_point in (
-        ("q", q, scores.left_scale, scores.left_zero),
-        ("k", k, scores.right_scale, scores.right_zero),
-        ("v", v, context.right_scale, context.right_zero),
-    ):
-        if not found.agrees(scale, zero_point):
-            raise RefusalError(f"its product does not take the codes of {letter} as they are made")
-    output, targets = _joined_heads(context.output, shapes)
-    return AttentionPattern(scores, context, shape[1], q, k, v, p, added, output, targets)
-
-
-def _score_path(scores: IntegerProduct, shapes: Batches) -> tuple[tuple[NDArray[np.float32], ...], ir.Node]:
-    """What is added to the scores, in order, and the Softmax that reads them."""
-    added: list[NDArray[np.float32]] = []
-    value = scores.output
-    while True:
-        node = only_consumer(value)
-        if node is None:
-            raise RefusalError(f"{value.name}, on the way to its softmax, has another reader")
-        if is_op(node, "Softmax"):
-            break
-        if is_op(node, "Add"):
-            other = constant_of(node.inputs[1] if node.inputs[0] is value else node.inputs[0])
-            if other is None or shapes.of(node.outputs[0]) != shapes.of(value) or len(added) == _MOST_ADDITIONS:
-                raise RefusalError(f"Add {node.name} adds something to its scores that is computed, or a third thing")
-            added.append(_window_bias(other, shapes.of(value), scores.output, shapes))
-        elif not is_op(node, *_RESHAPES):
-            raise RefusalError(f"{node.op_type} {node.name} lies between its scores and their softmax")
-        value = node.outputs[0]
-    if node.attributes.get_int("axis", -1) != -1:
-        raise RefusalError(f"{node.name} is not over the last axis")
-    return tuple(added), node
-
-
-def _window_bias(
-    constant: NDArray[np.generic], shape: tuple[int, ...], scores: ir.Value, shapes: Batches
-) -> NDArray[np.float32]:
-    """What is added to scores [B, H, T, S] while they have `shape`, as [W, 1 or H, 1 or T, S] with W dividing B."""
-    whole = np.broadcast_to(constant.astype(np.float32, copy=False), shape).reshape(shapes.of(scores))
-    for windows in _divisors(shapes.one[str(scores.name)][0]):
-        if np.array_equal(whole.reshape(-1, windows, *whole.shape[1:]), _repeated(whole[:windows], whole)):
-            break
-    else:
-        raise RefusalError(f"what is added to {scores.name} differs from image to image")
-    kept = whole[:windows]
-    for axis in (1, 2):
-        first = kept.take([0], axis)
-        if np.array_equal(np.broadcast_to(first, kept.shape), kept):
-            kept = first
-    return np.ascontiguousarray(kept)
-
-
-def _repeated(part: NDArray[np.float32], whole: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.broadcast_to(part, (len(whole) // len(part), *part.shape))
-
-
-def _operand(letter: str, value: ir.Value, to_rows: tuple[int, ...], shapes: Batches) -> FoundQuantizer:
-    """The quantizer of an operand whose heads lie side by side: [B, H, T, d] (`to_rows` of it) of [B·T, H·d]."""
-    moved = trace(value, shapes.two)
-    found = match_quantizer(moved.source)
-    if found is None:
-        raise RefusalError(f"{letter} is moved in a way that cannot be followed to its quantizer")
-    index = moved.index.transpose(to_rows).reshape(-1) if moved.index.ndim == 4 else np.zeros(0)
-    size = int(np.prod(shapes.of(moved.source)))
-    if not np.array_equal(index, np.arange(size)):
-        raise RefusalError(f"the heads of {letter} do not lie side by side in {moved.source.name}")
-    if found.signed and found.quantizer.m:
-        raise RefusalError(f"{letter} has a two-region quantizer in an int8 container")
-    return found
-
-
-def _joined_heads(context: ir.Value, shapes: Batches) -> tuple[FoundQuantizer | None, tuple[ir.Value, ...]]:
-    """The quantizer that alone reads the context, if there is one, and where its heads have come side by side."""
-    quantizers = quantizers_of(context)
-    one = quantizers[0] if quantizers is not None and len(quantizers) == 1 else None
-    output = None if one is None or one.signed else one
-    read = readers(context if output is None else output.codes, shapes.two)
-    batch, heads, tokens, size = shapes.of(context)
-    straight = np.arange(batch * heads * tokens * size).reshape(batch, heads, tokens, size).transpose(0, 2, 1, 3)
-    for reader in read:
-        if reader.node is None or not np.array_equal(reader.trace.index.reshape(-1), straight.reshape(-1)):
-            raise RefusalError(f"its heads are not side by side where {_named(reader)} reads them")
-        shapes.target(reader.value)
-    return output, tuple(dict.fromkeys(reader.value for reader in read))
 
 
 @dataclass(frozen=True)
@@ -314,7 +136,7 @@ def match_patches(product: IntegerProduct, shapes: Batches) -> PatchesPattern | 
     _, channels, height, width = shape
     size = moved.index.shape[-1]
     positions = np.arange(moved.index.size).reshape(shape) if moved.index.size == np.prod(shape) else None
-    for columns in _divisors(width):
+    for columns in divisors(width):
         rows = size // (channels * columns)
         if positions is None or rows * channels * columns != size or height % max(rows, 1):
             continue
@@ -390,11 +212,3 @@ def _residual(value: ir.Value, shapes: Batches, claimed: set[ir.Node]) -> tuple[
     except RefusalError:
         return None
     return add, index, np.argsort(table)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _named(reader: Reader) -> str:
-    return "the model's output" if reader.node is None else f"{reader.node.op_type} {reader.node.name}"

@@ -21,6 +21,9 @@ DOMAIN_VERSION = 1
 BLOCK_OUTPUTS, BLOCK_INPUTS = 16, 4
 """Sides of one block of a stored weight: 16 outputs times 4 inputs, one 64-byte vector."""
 
+MOST_TERMS = 32768
+"""The operators sum at most so many products of codes in 32 bits."""
+
 ACTIVATIONS = ("none", "gelu")
 
 # How far an implementation's float may lie from the exact value, before it is quantized. Each is several times what the

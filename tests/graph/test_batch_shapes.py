@@ -3,7 +3,7 @@ import onnx_ir as ir
 import pytest
 
 from mptqc.errors import RefusalError
-from mptqc.graph.native_patterns import Batches
+from mptqc.graph.batch_shapes import Batches
 
 ROWS = np.array([2, 0, 3, 1])
 SHAPES = Batches({"x": (1, 8, 3)}, {"x": (2, 8, 3)})
