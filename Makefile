@@ -4,7 +4,7 @@
 # make wheel     build dist/*.whl and dist/*.tar.gz
 # make clean     remove what the targets above made
 #
-# Each sets up its own environment in $(VENV) first, from $(PYTHON), and only when setup.py or constraints.txt changed.
+# Each sets up its own environment in $(VENV) first, from $(PYTHON), and only when setup.py, constraints.txt or kernels/ changed.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +16,7 @@ install := $(bin)/python -m pip install --disable-pip-version-check --constraint
 set_up := $(VENV)/.created
 can_run := $(VENV)/.can-run
 can_develop := $(VENV)/.can-develop
+kernels := $(wildcard kernels/*/*)
 
 .PHONY: demo test lint format wheel clean
 .DELETE_ON_ERROR:
@@ -41,7 +42,7 @@ wheel: $(can_develop)
 	$(bin)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
 clean:
-	rm -rf build dist *.egg-info $(DEMO_FOLDER) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info mptqc/runtime/*.so $(DEMO_FOLDER) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(can_run) $(can_develop) $(set_up)
 	rm -rf $(VENV)
 
@@ -51,10 +52,10 @@ $(set_up): constraints.txt
 	$(install) --quiet setuptools
 	touch $@
 
-$(can_run): $(set_up) setup.py
+$(can_run): $(set_up) setup.py $(kernels)
 	$(install) --no-build-isolation --editable .
 	touch $@
 
-$(can_develop): $(set_up) setup.py
+$(can_develop): $(set_up) setup.py $(kernels)
 	$(install) --no-build-isolation --editable '.[export,dev]'
 	touch $@

@@ -1,9 +1,15 @@
-"""Packaging of mptqc; the pass sources live in passes/ and are installed as mptqc.passes."""
+"""Packaging of mptqc; the pass sources live in passes/ and are installed as mptqc.passes.
+
+The kernel library is built from kernels/ if a C++17 compiler is there, and lies beside mptqc/runtime/library.py.
+Without one the install succeeds, with a warning.
+"""
 
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "mptqc/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
@@ -16,6 +22,45 @@ NO_GPU_WHEEL = (
     "(sys_platform != 'linux' or platform_machine != 'x86_64')"
     " and (sys_platform != 'win32' or platform_machine != 'AMD64')"
 )
+
+KERNELS = "mptqc.runtime.libmptqc_kernels"
+KERNEL_SOURCES = [*HERE.glob("kernels/cpu/*.cpp"), *HERE.glob("kernels/ort/*.cpp")]
+KERNEL_HEADERS = HERE.glob("kernels/*/*.h")
+COMPILE_OPTIONS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # each rounding is part of what an operator means: a fused multiply-add is written out
+    "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 header
+    "-Wno-maybe-uninitialized",
+]
+
+
+def relative(paths):
+    """Paths from this folder, as setuptools wants them, in one order everywhere."""
+    return sorted(path.relative_to(HERE).as_posix() for path in paths)
+
+
+class BuildKernels(build_ext):
+    """Build a plain shared library."""
+
+    def get_ext_filename(self, fullname):
+        """Leave Python's version out of the name."""
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext):
+        """Leave out the PyInit function that an extension module would have."""
+        return ext.export_symbols
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for this platform."""
+
+    def get_tag(self):
+        """Any Python 3 will do: the library is plain C."""
+        return ("py3", "none", super().get_tag()[2])
+
 
 setup(
     name="mptqc",
@@ -30,6 +75,18 @@ setup(
     package_dir={"mptqc.passes": "passes"},
     package_data={"mptqc": ["py.typed"]},
     include_package_data=False,
+    ext_modules=[
+        Extension(
+            KERNELS,
+            sources=relative(KERNEL_SOURCES),
+            depends=relative(KERNEL_HEADERS),
+            include_dirs=["kernels/include"],
+            extra_compile_args=COMPILE_OPTIONS,
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     install_requires=[
         "numpy>=2.0",
         "onnx>=1.19",

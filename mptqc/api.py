@@ -1,5 +1,6 @@
 """The same from Python: `mptqc.compile(...)`, `mptqc.apply(...)`; paths in, a saveable result out."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,22 @@ from typing import Any
 import onnx_ir as ir
 
 from mptqc.analysis.fidelity import POOREST, Fidelity
-from mptqc.analysis.observe import Progress
+from mptqc.analysis.observe import Progress, fitting_batches
 from mptqc.analysis.verify import VerifyReport, verify_compiled
-from mptqc.compiler import Compiled, apply_plan, compile_model, silent
+from mptqc.compiler import Compiled, apply_plan, compile_model, lower_compiled, silent
 from mptqc.data.load import fit_preprocessing, load_samples
 from mptqc.data.preprocess import Preprocessing
 from mptqc.data.preprocess_sources import choose_preprocessing
 from mptqc.data.samples import Samples
-from mptqc.errors import OutputError
+from mptqc.errors import OutputError, RecipeError
 from mptqc.graph.io import load_model, save_model
 from mptqc.plan import QuantPlan, load_plan, save_plan
-from mptqc.recipe import make_recipe
+from mptqc.recipe import Target, make_recipe
+from mptqc.runtime.library import HOW_TO_BUILD, find_library
+
+logger = logging.getLogger(__name__)
+
+LOWER_TARGETS = tuple(target.value for target in Target if target is not Target.PORTABLE)
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,22 @@ def apply(model: str | Path, plan: str | Path, *, convert_fp16: bool = False) ->
     return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
 
 
+def lower(model: str | Path, *, target: str = Target.CPU_NATIVE) -> CompileResult:
+    """Write a compiled portable file with the operators of another target; needs neither the float model nor data.
+
+    Raises:
+        ModelError: not a file that mptqc compiled.
+        StageError: it is lowered already.
+        RecipeError: no such target, or "portable".
+    """
+    if target not in LOWER_TARGETS:
+        raise RecipeError(
+            f"a compiled file cannot be lowered to {target!r}; the targets are {', '.join(LOWER_TARGETS)}"
+        )
+    compiled = lower_compiled(Path(model), Target(target))
+    return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
+
+
 def open_samples(
     model: Path,
     source: str | Path,
@@ -161,10 +183,13 @@ def check_output(path: Path) -> None:
 
 
 def _checked(compiled: Compiled, samples: Samples, *, verify: bool, report: Progress) -> CompileResult:
+    if verify and compiled.plan.recipe.target is Target.CPU_NATIVE and find_library() is None:
+        logger.warning("not verified: the kernel library is not there to run the model with; %s", HOW_TO_BUILD)
+        verify = False
     if not verify:
         return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, None))
     report("verify", 0, 1)
-    batch = next(iter(samples.batches(1)))
+    batch = next(fitting_batches(compiled.model, samples, 1))
     found = verify_compiled(compiled.model, compiled.plan, batch)
     report("verify", 1, 1)
     return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, found))

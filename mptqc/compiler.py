@@ -1,10 +1,9 @@
 """The flow, readable top to bottom: load, canonicalise, fold, search, emit.
 
-`build` is the half that needs no data: from a canonical model and a plan to the compiled model; `compile_model` and
-`apply_plan` both end in it, so that a plan rebuilds the same bytes.
+`fold`, `emit` and `lower` need no data: from a canonical model and a plan to the compiled model. `compile_model` and
+`apply_plan` both end in them, so that a plan rebuilds the same bytes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,14 +19,16 @@ from mptqc.data.augment import augmented
 from mptqc.data.preprocess import METADATA_KEY
 from mptqc.data.samples import Samples
 from mptqc.errors import ModelError, PlanError, RecipeError
+from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.io import load_model, model_digest
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
-from mptqc.passes.base import Pass, run_passes
+from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
 from mptqc.passes.fold_attention import FoldAttention
 from mptqc.passes.fold_smoothing import FoldSmoothing
 from mptqc.passes.lower_to_cpu import LowerToCpu
+from mptqc.passes.lower_to_native import LowerToNative
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
@@ -94,7 +95,9 @@ def compile_model(
     smoothed = ir.from_proto(ir.to_proto(model))
     emit(model, plan)
     report("compare with float", 0, 1)
-    return Compiled(model, plan, measure_fidelity(smoothed, model, used, recipe.seed))
+    fidelity = measure_fidelity(smoothed, model, used, recipe.seed)
+    lower(model, recipe.target)
+    return Compiled(model, plan, fidelity)
 
 
 def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Compiled:
@@ -113,6 +116,7 @@ def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Co
     rotate(model, plan.recipe)
     fold(model, plan)
     emit(model, plan)
+    lower(model, plan.recipe.target)
     return Compiled(model, plan)
 
 
@@ -167,12 +171,38 @@ def quantize(model: ir.Model, plan: QuantPlan) -> None:
 
 
 def emit(model: ir.Model, plan: QuantPlan) -> None:
-    """Smoothed to the plan's target, in place."""
+    """Smoothed to quantized, in place: standard ONNX that knows its plan."""
     quantize(model, plan)
-    passes: Sequence[Pass] = [PackWeights()]
-    if plan.recipe.target is Target.CPU:
-        passes = [*passes, LowerToCpu()]
-    run_passes(model, passes)
+    run_passes(model, [PackWeights()])
     model.metadata_props[PLAN_KEY] = plan.model_dump_json()
     if plan.preprocess is not None:
         model.metadata_props[METADATA_KEY] = plan.preprocess
+
+
+def lower(model: ir.Model, target: Target) -> None:
+    """Quantized to the operators of the target, in place."""
+    match target:
+        case Target.PORTABLE:
+            return
+        case Target.CPU:
+            LowerToCpu()(model)
+        case Target.CPU_NATIVE:
+            LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
+
+
+def lower_compiled(path: Path, target: Target) -> Compiled:
+    """Lower a compiled portable file, with no float model and no plan but the one that the file carries.
+
+    Raises:
+        ModelError: not a file that `mptqc compile` wrote.
+        StageError: it is lowered already.
+    """
+    model, plan = load_compiled(path)
+    if stage_of(model) is not Stage.QUANTIZED:
+        raise StageError(
+            f"{path} was compiled for target {plan.recipe.target.value!r}; only a file of target 'portable' is lowered"
+        )
+    plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"target": target})})
+    lower(model, target)
+    model.metadata_props[PLAN_KEY] = plan.model_dump_json()
+    return Compiled(model, plan)

@@ -35,6 +35,7 @@ class Target(StrEnum):
 
     PORTABLE = "portable"
     CPU = "cpu"
+    CPU_NATIVE = "cpu-native"
 
 
 class SiteOverride(BaseModel):

@@ -1,21 +1,17 @@
 """What a compiled file holds, from the file alone: the plan in its metadata, checked against its initializers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
-from pydantic import ValidationError
 
 from mptqc.errors import ModelError, VerifyError
-from mptqc.graph.edit import constant_of, is_op
-from mptqc.graph.integer_products import IntegerProduct, find_integer_products, find_sources, stored_weight
-from mptqc.graph.layout import MOVEMENT_OPS
-from mptqc.graph.match import find_linears, site_of
-from mptqc.plan import PLAN_KEY, ActivationQuantizer, QuantPlan, TwoRegion
+from mptqc.graph.compiled_file import load_compiled
+from mptqc.graph.integer_sites import PRODUCTS_OF_AN_ATTENTION, IntegerSite, find_integer_sites
+from mptqc.graph.match import find_linears
+from mptqc.plan import ActivationQuantizer, QuantPlan, TwoRegion
 
 
 @dataclass(frozen=True)
@@ -93,23 +89,24 @@ def inspect_model(path: Path) -> Inspection:
     Raises:
         ModelError: no such file, not ONNX, not compiled by mptqc, or edited since.
     """
-    model = _read(path)
-    plan = _plan_of(model, path)
+    model, plan = load_compiled(path)
     try:
-        products = find_integer_products(model)
-        layers, weights = _layer_rows(products, plan, path)
-        rows = [*layers, *_attention_rows(products, plan, path)]
+        sites = find_integer_sites(model)
     except VerifyError as error:
         raise ModelError(f"{path}: {error}") from error
-    order = {product.site: position for position, product in enumerate(products)}
+    layers = _layer_rows(sites, plan, path)
+    rows = [*layers, *_attention_rows(sites, plan, path)]
+    order = {found.site: position for position, found in enumerate(sites)}
     rows.sort(key=lambda row: order[row.site])
+    weights = [found.weight for found in sites if found.weight is not None]
     weight_bytes = sum(row.weight_bytes for row in rows)
     file_bytes = _file_bytes(model, path)
     totals = Totals(
         integer_linears=len(layers),
         integer_attentions=len(plan.attentions),
         float_linears=len(find_linears(model)),
-        average_weight_bits=sum(bits * size for bits, size in weights) / max(sum(size for _, size in weights), 1),
+        average_weight_bits=sum(weight.bits * weight.codes.size for weight in weights)
+        / max(sum(weight.codes.size for weight in weights), 1),
         average_activation_bits=float(np.mean([row.activation_bits for row in rows])) if rows else 0.0,
         weight_bytes=weight_bytes,
         other_bytes=file_bytes - weight_bytes,
@@ -118,78 +115,37 @@ def inspect_model(path: Path) -> Inspection:
     return Inspection(plan.recipe.target.value, tuple(rows), totals)
 
 
-def _read(path: Path) -> ir.Model:
-    if not path.is_file():
-        raise ModelError(f"{path} is not a file; give the path of a compiled .onnx file")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise ModelError(f"{path} is not an ONNX model, or it is truncated; give a compiled .onnx file") from error
-    model = ir.from_proto(proto)
-    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
-    return model
-
-
-def _plan_of(model: ir.Model, path: Path) -> QuantPlan:
-    content = model.metadata_props.get(PLAN_KEY)
-    if content is None:
-        raise ModelError(
-            f"{path} was not compiled by mptqc (its metadata has no {PLAN_KEY}), so there is nothing to inspect; give "
-            "the output of mptqc compile"
-        )
-    try:
-        return QuantPlan.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"])
-        raise ModelError(
-            f"{path} holds a plan that this version of mptqc cannot read (at {where}: {first['msg'].lower()}); compile "
-            "the model again"
-        ) from error
-
-
-def _layer_rows(
-    products: Sequence[IntegerProduct], plan: QuantPlan, path: Path
-) -> tuple[list[OperandRow], list[tuple[int, int]]]:
-    """A row for each Linear, and (bits, number of weights) of each."""
-    by_site = {product.site: product for product in products if product.is_linear}
+def _layer_rows(sites: Sequence[IntegerSite], plan: QuantPlan, path: Path) -> list[OperandRow]:
+    """A row for each planned Linear."""
+    by_site = {found.site: found for found in sites}
     alphas = {fold.site: fold.alpha for fold in plan.norm_folds}
-    rows, weights = [], []
+    rows = []
     for layer in plan.layers:
-        product = by_site.get(layer.site)
-        if product is None:
+        found = by_site.get(layer.site)
+        if found is None or found.weight is None:
             raise _edited(path, layer.site, "planned in integers", "not an integer product")
-        weight = stored_weight(product)
-        if weight.bits != layer.weight_bits:
-            raise _edited(path, layer.site, f"planned with {layer.weight_bits} bits", f"stored with {weight.bits}")
-        _check_scale(product.left_scale, layer.input, layer.site, path)
-        norm = _norm_above(product)
+        if found.weight.bits != layer.weight_bits:
+            raise _edited(
+                path, layer.site, f"planned with {layer.weight_bits} bits", f"stored with {found.weight.bits}"
+            )
+        _check_scale(found.scales["input"], layer.input, layer.site, path)
+        alpha = alphas.get(found.norm)
         rows.append(
-            _row(layer.site, "linear", "input", layer.input, layer.weight_bits, alphas.get(norm), weight.stored_bytes)
+            _row(layer.site, "linear", "input", layer.input, layer.weight_bits, alpha, found.weight.stored_bytes)
         )
-        weights.append((weight.bits, weight.codes.size))
-    return rows, weights
+    return rows
 
 
-def _attention_rows(products: Sequence[IntegerProduct], plan: QuantPlan, path: Path) -> list[OperandRow]:
-    by_site: dict[str, list[IntegerProduct]] = {}
-    for product in products:
-        if not product.is_linear:
-            by_site.setdefault(product.site, []).append(product)
+def _attention_rows(sites: Sequence[IntegerSite], plan: QuantPlan, path: Path) -> list[OperandRow]:
+    by_site = {found.site: found for found in sites}
     rows = []
     for planned in plan.attentions:
-        pair = by_site.get(planned.site, [])
-        if len(pair) != 2:
-            raise _edited(path, planned.site, "planned as two integer products", f"{len(pair)} of them")
-        scores, context = pair
-        operands: Mapping[str, tuple[ActivationQuantizer, ir.Value]] = {
-            "q": (planned.q, scores.left_scale),
-            "k": (planned.k, scores.right_scale),
-            "p": (planned.p, context.left_scale),
-            "v": (planned.v, context.right_scale),
-        }
-        for letter, (quantizer, scale) in operands.items():
-            _check_scale(scale, quantizer, f"{planned.site} {letter}", path)
+        found = by_site.get(planned.site)
+        if found is None or found.products != PRODUCTS_OF_AN_ATTENTION:
+            number = 0 if found is None else found.products
+            raise _edited(path, planned.site, "planned as two integer products", f"{number} of them")
+        for letter, quantizer in (("q", planned.q), ("k", planned.k), ("p", planned.p), ("v", planned.v)):
+            _check_scale(found.scales[letter], quantizer, f"{planned.site} {letter}", path)
             rows.append(_row(planned.site, "attention", letter, quantizer, None, None, 0))
     return rows
 
@@ -221,19 +177,9 @@ def _row(
     )
 
 
-def _check_scale(value: ir.Value, quantizer: ActivationQuantizer, where: str, path: Path) -> None:
-    stored = constant_of(value)
-    if stored is None or np.float32(stored) != np.float32(quantizer.scale):
-        raise _edited(path, where, f"planned with scale {quantizer.scale:.9g}", f"stored with {stored}")
-
-
-def _norm_above(product: IntegerProduct) -> str:
-    """The site of the LayerNormalization whose output the Linear quantizes, or an empty string."""
-    value: ir.Value | None = find_sources(product.left)[0].x
-    node = None if value is None else value.producer()
-    while node is not None and is_op(node, *MOVEMENT_OPS):
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
-    return site_of(node) if node is not None and is_op(node, "LayerNormalization") else ""
+def _check_scale(stored: float, quantizer: ActivationQuantizer, where: str, path: Path) -> None:
+    if np.float32(stored) != np.float32(quantizer.scale):
+        raise _edited(path, where, f"planned with scale {quantizer.scale:.9g}", f"stored with {stored:.9g}")
 
 
 def _file_bytes(model: ir.Model, path: Path) -> int:

@@ -8,6 +8,7 @@ Two questions:
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mptqc.analysis.site_check import EPSILON, SiteCheck, Values
+from mptqc.analysis.verify_native import check_native_numbers, check_native_weights
 from mptqc.errors import VerifyError
 from mptqc.graph.edit import constant_of
 from mptqc.graph.integer_products import (
@@ -26,6 +29,7 @@ from mptqc.graph.integer_products import (
     find_sources,
     stored_weight,
 )
+from mptqc.graph.native_nodes import native_nodes
 from mptqc.graph.verify import check_structure
 from mptqc.plan import ActivationQuantizer, QuantPlan
 from mptqc.reference.quantizers import dequantize, integer_linear, quantize
@@ -34,35 +38,11 @@ from mptqc.runtime.session import create_session
 
 logger = logging.getLogger(__name__)
 
-Array = NDArray[np.generic]
-
-EPSILON = 2.0**-23
 # Each side rounds four times in float32: scale · scale, the sum to float32, sum · scale, + bias; each error is at most
 # half an EPSILON of |sum · scale| + |bias|.
 ROUNDINGS = 4
 FUSED_OP = "MatMulIntegerToFloat"
 GROUP_PRODUCTS = 16
-
-
-@dataclass(frozen=True)
-class SiteCheck:
-    """One integer product on one batch.
-
-    Attributes:
-        site: site id.
-        product: name of the product's node.
-        code_mismatches: codes that differ from the reference, of `codes` compared.
-        codes: how many codes were compared.
-        error: largest |output − reference|, in units of its own tolerance; at most 1 passes.
-        fused: ONNX Runtime runs it as one operator (else as MatMulInteger and what follows: right, but slower).
-    """
-
-    site: str
-    product: str
-    code_mismatches: int
-    codes: int
-    error: float
-    fused: bool
 
 
 @dataclass(frozen=True)
@@ -100,11 +80,14 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
     check_structure(compiled, plan)
     products = find_integer_products(compiled)
     proto = ir.to_proto(compiled)
+    native = native_nodes(compiled)
     _check_weights(products, plan)
+    check_native_weights(native, plan)
     counts, makers = _optimized(proto)
-    _check_operators(counts, makers, products)
+    _check_operators(counts, makers, products, _products_of(native))
     fused = {str(product.output.name) for product in products if makers.get(str(product.output.name)) == FUSED_OP}
     checks = _check_numbers(proto, products, _quantizers(products, plan), batch, fused)
+    checks += check_native_numbers(native, plan, lambda names: _values(proto, names, batch))
     _raise_if_wrong(checks)
     worst = max(checks, key=lambda check: check.error, default=None)
     found = matmul_counts(counts)
@@ -143,10 +126,18 @@ def _optimized(proto: onnx.ModelProto) -> tuple[dict[str, int], dict[str, str]]:
     return graph_op_counts(graph), {name: node.op_type for node in graph.node for name in node.output}
 
 
-def _check_operators(counts: Mapping[str, int], makers: Mapping[str, str], products: Sequence[IntegerProduct]) -> None:
+def _products_of(native: Sequence[ir.Node]) -> int:
+    """How many products the operators of `ai.mptqc` stand for."""
+    return matmul_counts(Counter(f"{node.domain}.{node.op_type}" for node in native)).integer_matmuls
+
+
+def _check_operators(
+    counts: Mapping[str, int], makers: Mapping[str, str], products: Sequence[IntegerProduct], native_products: int
+) -> None:
     found = matmul_counts(counts).integer_matmuls
     nbits = counts.get("MatMulNBits", 0)
-    if found == len(products) and not nbits:
+    planned = len(products) + native_products
+    if found == planned and not nbits:
         return
     in_floats = [
         product.site
@@ -155,7 +146,7 @@ def _check_operators(counts: Mapping[str, int], makers: Mapping[str, str], produ
         and makers.get(str(product.node.outputs[0].name)) not in INTEGER_MATMULS
     ]
     raise VerifyError(
-        f"ONNX Runtime runs {found} of {len(products)} planned products in integers (MatMulNBits: {nbits}); not in "
+        f"ONNX Runtime runs {found} of {planned} planned products in integers (MatMulNBits: {nbits}); not in "
         f"integers: {', '.join(in_floats[:5]) or 'none that can be named'}"
     )
 
@@ -191,7 +182,7 @@ class _Probe:
             values.append(self.product.right)
         for sources in self.sources:
             for source in sources:
-                values += [source.x, source.codes]
+                values += [source.codes] if source.x is None else [source.x, source.codes]
         return list(dict.fromkeys(str(value.name) for value in values))
 
 
@@ -214,7 +205,7 @@ def _check_numbers(
     return checks
 
 
-def _values(proto: onnx.ModelProto, names: Sequence[str], batch: NDArray[np.float32]) -> dict[str, Array]:
+def _values(proto: onnx.ModelProto, names: Sequence[str], batch: NDArray[np.float32]) -> Values:
     """The named values on one batch; a session for each call, since ONNX Runtime keeps every output to the end."""
     graph_input = proto.graph.input[0].name
     wanted = [name for name in dict.fromkeys(names) if name != graph_input]
@@ -227,12 +218,14 @@ def _values(proto: onnx.ModelProto, names: Sequence[str], batch: NDArray[np.floa
     return {graph_input: batch, **{name: np.asarray(value) for name, value in zip(wanted, found, strict=True)}}
 
 
-def _check(probe: _Probe, seen: Mapping[str, Array], fused: set[str]) -> SiteCheck:
+def _check(probe: _Probe, seen: Values, fused: set[str]) -> SiteCheck:
     product = probe.product
     zeros = [_number(product.left_zero), _number(product.right_zero)]
     compared = mismatches = 0
     for quantizer, sources, zero in zip(probe.quantizers, probe.sources, zeros, strict=False):
         for source in sources:
+            if source.x is None:
+                continue  # made by an operator of ai.mptqc, which is checked by itself
             codes = seen[str(source.codes.name)].astype(np.int32) - zero
             expected = quantize(quantizer, seen[str(source.x.name)].astype(np.float32)) - quantizer.zero_point
             mismatches += int((codes != expected).sum())
@@ -251,7 +244,7 @@ def _expected(
     product: IntegerProduct,
     quantizers: tuple[ActivationQuantizer, ...],
     left: NDArray[np.int32],
-    seen: Mapping[str, Array],
+    seen: Values,
     right_zero: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What the product must give, and the magnitude that its rounding errors are relative to."""

@@ -31,6 +31,9 @@ COMMANDS = {
     "apply": LazyCommand(
         "mptqc.cli.apply", "apply", "Rebuild a compiled model from a plan, with no data, byte for byte."
     ),
+    "lower": LazyCommand(
+        "mptqc.cli.lower", "lower", "Rewrite a compiled portable file with faster operators, without the float model."
+    ),
     "inspect": LazyCommand(
         "mptqc.cli.inspect", "inspect", "Show what a compiled model holds: per layer bits, scales, smoothing, bytes."
     ),

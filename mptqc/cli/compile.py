@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from mptqc import api
+from mptqc.cli.lower import echo_lowering
 from mptqc.cli.options import MeanOption, PreprocessOption, StdOption, parse_floats
 from mptqc.cli.progress import progress
 from mptqc.errors import RecipeError
+from mptqc.recipe import Target
 
 
 def compile(
@@ -27,7 +29,11 @@ def compile(
     coverage: Annotated[str | None, typer.Option("--coverage", help="partial.")] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", help="portable (standard ONNX) or cpu (com.microsoft ops) (default: portable)."),
+        typer.Option(
+            "--target",
+            help="portable (standard ONNX), cpu (com.microsoft ops) or cpu-native (needs mptqc's kernel library) "
+            "(default: portable).",
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", help="Calibration images used, at most (default: 64).")
@@ -119,3 +125,5 @@ def compile(
     typer.echo(result.report.summary())
     for refusal in result.plan.refusals:
         typer.echo(f"left alone: {refusal.what} at {refusal.site}: {refusal.reason}")
+    if result.plan.recipe.target is Target.CPU_NATIVE:
+        echo_lowering(result.model)

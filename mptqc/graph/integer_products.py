@@ -6,15 +6,14 @@ com.microsoft.MatMulIntegerToFloat(a, b, a_scale, b_scale, a_zero, b_zero, bias)
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from mptqc.errors import VerifyError
 from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 from mptqc.graph.layout import MOVEMENT_OPS
 from mptqc.graph.match import site_of
-from mptqc.reference.packing import MAX_BITS
+from mptqc.graph.stored_weight import StoredWeight, read_weight
+from mptqc.reference.custom_ops import DOMAIN
 
 LOWERED_OP, LOWERED_DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
 
@@ -80,19 +79,10 @@ class IntegerProduct:
 
 @dataclass(frozen=True)
 class QuantizerSource:
-    """`codes` are made from the float value `x`; movement may follow."""
+    """`codes` are made from the float value `x`; movement may follow. A native operator shows no `x`: it is None."""
 
-    x: ir.Value
+    x: ir.Value | None
     codes: ir.Value
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A Linear's weight as the file holds it: codes [K, N] int8, bits and bytes of the initializers they come from."""
-
-    codes: NDArray[np.int8]
-    bits: int
-    stored_bytes: int
 
 
 def find_integer_products(model: ir.Model) -> list[IntegerProduct]:
@@ -147,6 +137,8 @@ def find_sources(codes: ir.Value) -> list[QuantizerSource]:
             frontier.extend(_present(part) for part in node.inputs)
         elif is_op(node, *MOVEMENT_OPS) and node is not None:
             frontier.append(_present(node.inputs[0]))
+        elif node is not None and node.domain == DOMAIN:
+            found[value] = QuantizerSource(None, value)
         else:
             found[value] = QuantizerSource(_quantized_from(value), value)
     return list(found.values())
@@ -169,46 +161,12 @@ def _quantized_from(codes: ir.Value) -> ir.Value:
 
 
 def stored_weight(product: IntegerProduct) -> StoredWeight:
-    """The weight of a Linear's product, unpacked from the initializers.
+    """The weight of a Linear's product, codes [K, N].
 
     Raises:
         VerifyError: the weight is computed in a way that mptqc does not write.
     """
-    plain = constant_of(product.right)
-    if plain is not None:
-        return StoredWeight(plain.astype(np.int8, copy=False), MAX_BITS, plain.nbytes)
-    reshape = product.right.producer()
-    while is_op(reshape, "Add") and reshape is not None:
-        reshape = _present(reshape.inputs[1]).producer()
-    shape = constant_of(reshape.inputs[1]) if is_op(reshape, "Reshape") and reshape is not None else None
-    if shape is None:
-        raise VerifyError(f"{product.site}: its weight is neither int8 nor packed as mptqc packs it; compile again")
-    gathers, frontier = [], [product.right]
-    while frontier:
-        node = frontier.pop().producer()
-        if is_op(node, "Add") and node is not None:
-            frontier.extend(_present(value) for value in node.inputs)
-        elif is_op(node, "Reshape", "Slice") and node is not None:
-            frontier.append(_present(node.inputs[0]))
-        elif is_op(node, "Gather") and node is not None:
-            gathers.append(node)
-    return _unpacked(product.site, gathers, tuple(int(size) for size in shape))
-
-
-def _unpacked(site: str, gathers: list[ir.Node], shape: tuple[int, ...]) -> StoredWeight:
-    size = int(np.prod(shape))
-    total = np.zeros(size, np.int8)
-    bits = stored_bytes = 0
-    for gather in gathers:
-        table = constant_of(gather.inputs[0])
-        cast = producer(gather.inputs[1], "Cast")
-        plane = constant_of(cast.inputs[0]) if cast is not None else None
-        if table is None or plane is None:
-            raise VerifyError(f"{site}: its packed weight is not read from a table by constant bytes; compile again")
-        total += table.astype(np.int8)[plane].reshape(-1)[:size]
-        bits += 8 // table.shape[1]
-        stored_bytes += plane.nbytes
-    return StoredWeight(total.reshape(shape), bits, stored_bytes)
+    return read_weight(product.right, product.site)
 
 
 def _present(value: ir.Value | None) -> ir.Value:

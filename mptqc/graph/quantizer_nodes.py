@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.errors import PlanError
-from mptqc.graph.edit import Builder, is_op, scalar_of
+from mptqc.graph.edit import Builder, is_op
 from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
 
 CODES = 256
@@ -48,7 +48,7 @@ def emit_quantizer(x: ir.Value, operand: Operand, build: Builder) -> Codes:
     if isinstance(quantizer, TwoRegion):
         return _emit_two_region(x, quantizer, scale, operand.signed, build)
     low, high = -quantizer.zero_point, 2**quantizer.bits - 1 - quantizer.zero_point
-    fitted = _fit(low, high, _lowest_code(x, scale), operand.signed, centred=True)
+    fitted = _fit(low, high, lowest_code(x, quantizer.scale), operand.signed, centred=True)
     codes, zero_point = _saturate(x, scale, fitted, operand.signed, build, "quantize")
     return Codes(codes, scale, zero_point)
 
@@ -57,8 +57,8 @@ def _emit_two_region(x: ir.Value, quantizer: TwoRegion, scale: ir.Value, signed:
     coarse = 2**quantizer.m
     first = quantizer.split // coarse
     coarse_scale = build.constant("scale_high", np.array(quantizer.scale * coarse, np.float32))
-    fit_low = _fit(-quantizer.zero_point, quantizer.split, _lowest_code(x, scale), signed)
-    fit_high = _fit(first, first + quantizer.high_codes, _lowest_code(x, coarse_scale), signed)
+    fit_low = _fit(-quantizer.zero_point, quantizer.split, lowest_code(x, quantizer.scale), signed)
+    fit_high = _fit(first, first + quantizer.high_codes, lowest_code(x, quantizer.scale * coarse), signed)
     low, low_zero = _saturate(x, scale, fit_low, signed, build, "quantize_low")
     high, _ = _saturate(x, coarse_scale, fit_high, signed, build, "quantize_high")
     split_code = build.constant("split_code", _container(fit_high.zero_point + first, signed))
@@ -159,9 +159,9 @@ def _fits(zero_point: int, signed: bool) -> bool:
     return 0 <= zero_point - _bottom(signed) < CODES
 
 
-def _lowest_code(x: ir.Value, scale: ir.Value) -> int | None:
+def lowest_code(x: ir.Value, scale: float) -> int | None:
     """The smallest round(x/scale) that the op which makes `x` can lead to; None if it has no bound."""
-    node, step = x.producer(), scalar_of(scale)
-    if node is None or step is None or not is_op(node, *_LOWEST):
+    node = x.producer()
+    if node is None or not is_op(node, *_LOWEST):
         return None
-    return int(np.rint(np.float32(_LOWEST[node.op_type]) / np.float32(step)))
+    return int(np.rint(np.float32(_LOWEST[node.op_type]) / np.float32(scale)))

@@ -7,15 +7,20 @@ import onnx
 import onnx_ir as ir
 
 from mptqc.errors import VerifyError
-from mptqc.graph.integer_products import LOWERED_DOMAIN, find_integer_products
+from mptqc.graph.integer_products import LOWERED_DOMAIN
+from mptqc.graph.integer_sites import PRODUCTS_OF_AN_ATTENTION, find_integer_sites
 from mptqc.graph.match import find_attentions, find_linears
 from mptqc.plan import QuantPlan
 from mptqc.recipe import Target
+from mptqc.reference.custom_ops import DOMAIN
 
 logger = logging.getLogger(__name__)
 
-PRODUCTS_OF_AN_ATTENTION = 2
-_ALLOWED_DOMAINS = {Target.PORTABLE: {""}, Target.CPU: {"", LOWERED_DOMAIN}}
+_ALLOWED_DOMAINS = {
+    Target.PORTABLE: {""},
+    Target.CPU: {"", LOWERED_DOMAIN},
+    Target.CPU_NATIVE: {"", DOMAIN},
+}
 # Protocol buffers stop at 2 GiB, and so does the checker when it is given a model in memory.
 _CHECKER_BYTES = 1_900_000_000
 
@@ -62,7 +67,7 @@ def _check_domains(model: ir.Model, target: Target) -> None:
 def _check_sites(model: ir.Model, plan: QuantPlan) -> None:
     expected = Counter({layer.site: 1 for layer in plan.layers})
     expected.update({attention.site: PRODUCTS_OF_AN_ATTENTION for attention in plan.attentions})
-    found = Counter(product.site for product in find_integer_products(model))
+    found = Counter({each.site: each.products for each in find_integer_sites(model)})
     wrong = [site for site in expected | found if expected[site] != found[site]]
     floats = [linear.site for linear in find_linears(model)] + [each.site for each in find_attentions(model)]
     wrong += [site for site in floats if site in expected and site not in wrong]

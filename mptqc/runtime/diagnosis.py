@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from mptqc import __version__
 from mptqc.errors import ProviderError
+from mptqc.runtime.library import HOW_TO_BUILD, chosen_isa, find_library, load_library
 from mptqc.runtime.machine import core_count, cpu_features, cpu_info, processor_name, saturates_in_16_bits
 from mptqc.runtime.session import PROVIDERS, create_session
 
@@ -70,6 +71,7 @@ def diagnose() -> Diagnosis:
     flavours = [name for name in FLAVOURS if packages[name]]
     info = cpu_info()
     features = cpu_features(info)
+    kernels = _kernel_library()
     providers = {name: _provider_state(name) for name in PROVIDERS}
     return Diagnosis(
         mptqc=__version__,
@@ -81,9 +83,9 @@ def diagnose() -> Diagnosis:
         processor=processor_name(info),
         cores=core_count(),
         cpu_features=features,
-        kernel_library=NO_KERNELS,
+        kernel_library=kernels,
         warnings=_warnings(features, flavours),
-        missing=_missing(packages, providers),
+        missing=_missing(packages, providers, kernels),
     )
 
 
@@ -99,8 +101,20 @@ def _warnings(features: Mapping[str, bool] | None, flavours: list[str]) -> tuple
     return tuple(warnings)
 
 
-def _missing(packages: Mapping[str, str | None], providers: Mapping[str, ProviderState]) -> tuple[Missing, ...]:
+def _kernel_library() -> str:
+    try:
+        path = find_library()
+        return NO_KERNELS if path is None else f"{path}, runs on {chosen_isa(load_library(path))}"
+    except ProviderError as error:
+        return f"does not work: {error}"
+
+
+def _missing(
+    packages: Mapping[str, str | None], providers: Mapping[str, ProviderState], kernels: str
+) -> tuple[Missing, ...]:
     missing = []
+    if kernels == NO_KERNELS:
+        missing.append(Missing("the kernel library (for models compiled for cpu-native)", HOW_TO_BUILD))
     absent = [name for name in EXPORT_PACKAGES if packages[name] is None]
     if absent:
         missing.append(Missing(f"{', '.join(absent)} (for mptqc export)", "pip install 'mptqc[export]'"))

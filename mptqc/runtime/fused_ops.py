@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 
+from mptqc.reference.custom_ops import DOMAIN
 from mptqc.runtime.session import Session, create_session
 
 INTEGER_MATMULS = frozenset(
@@ -44,9 +46,20 @@ FLOAT_MATMULS = frozenset(
 """Operator types that multiply floats, MatMulNBits' unpacked weights included; an attention operator counts once."""
 
 
+NATIVE_PRODUCTS: Mapping[str, int] = MappingProxyType(
+    {
+        f"{DOMAIN}.Linear": 1,
+        f"{DOMAIN}.LinearQuantize": 1,
+        f"{DOMAIN}.Attention": 2,
+        f"{DOMAIN}.AttentionQuantize": 2,
+    }
+)
+"""How many integer products each operator of the kernel library stands for."""
+
+
 @dataclass(frozen=True)
 class MatmulCounts:
-    """How many operators multiply integers, and how many floats."""
+    """How many products run in integers, and how many in floats."""
 
     integer_matmuls: int
     float_matmuls: int
@@ -81,15 +94,21 @@ def open_counted_session(
 
 
 def graph_op_counts(graph: onnx.GraphProto) -> dict[str, int]:
-    """Count the operator types of a graph as written, most frequent first, then by name; subgraphs included."""
-    counts = Counter(node.op_type for node in _nodes(graph))
+    """Count the operator types of a graph as written, most frequent first, then by name; subgraphs included.
+
+    Operators of the kernel library are named with their domain.
+    """
+    counts = Counter(f"{DOMAIN}.{node.op_type}" if node.domain == DOMAIN else node.op_type for node in _nodes(graph))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def matmul_counts(op_counts: Mapping[str, int]) -> MatmulCounts:
     """Sum the counts of `optimized_op_counts` into integer and float products."""
     return MatmulCounts(
-        integer_matmuls=sum(count for op_type, count in op_counts.items() if op_type in INTEGER_MATMULS),
+        integer_matmuls=sum(
+            count * NATIVE_PRODUCTS.get(op_type, int(op_type in INTEGER_MATMULS))
+            for op_type, count in op_counts.items()
+        ),
         float_matmuls=sum(count for op_type, count in op_counts.items() if op_type in FLOAT_MATMULS),
     )
 

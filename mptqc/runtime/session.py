@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import mmap
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from mptqc.errors import ModelError, ProviderError, RecipeError
+from mptqc.reference.custom_ops import DOMAIN
+from mptqc.runtime.library import HOW_TO_BUILD, chosen_isa, find_library, load_library
 
 Session = ort.InferenceSession  # noqa: TID251 - made here only; other modules import this name for their types
 
@@ -70,7 +73,7 @@ def create_session(
         optimized_path: where ONNX Runtime writes the graph it really runs; its weights go to a file beside it.
 
     Raises:
-        ProviderError: the provider is unknown or cannot start here.
+        ProviderError: the provider is unknown or cannot start here, or the kernel library does not work.
         ModelError: the model is missing, truncated, not ONNX, or ONNX Runtime cannot run it.
         RecipeError: threads is negative.
     """
@@ -79,6 +82,8 @@ def create_session(
         raise RecipeError(f"threads is {threads}; give 0 (every core) or a positive number.")
     source, described = _model_source(model)
     options = _session_options(threads, graph_optimization, optimized_path)
+    if _names_custom_ops(source):
+        _register_kernels(options)
     if provider == "cuda":
         session = _create_cuda(source, described, options)
     else:
@@ -160,6 +165,24 @@ def _model_source(model: bytes | str | Path) -> tuple[bytes | str, str]:
     return str(path), str(path)
 
 
+def _names_custom_ops(source: bytes | str) -> bool:
+    """Whether the domain's name is anywhere in the model; a model that imports it must contain it."""
+    name = DOMAIN.encode()
+    if isinstance(source, bytes):
+        return name in source
+    with Path(source).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(name) >= 0
+
+
+def _register_kernels(options: ort.SessionOptions) -> None:
+    """Let ONNX Runtime load the kernel library, if there is one; without it, a model that needs it fails to load."""
+    library = find_library()
+    if library is None:
+        return
+    logger.info("kernel library %s, instruction set %s", library, chosen_isa(load_library(library)))
+    options.register_custom_ops_library(str(library))
+
+
 def _create(
     source: bytes | str,
     described: str,
@@ -179,6 +202,8 @@ def _load_failure(described: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "INVALID_PROTOBUF" in text or "No graph was found" in text:
         return f"{described} is not an ONNX model, or it is truncated: ONNX Runtime cannot parse it ({text})."
+    if DOMAIN in text and find_library() is None:
+        return f"{described} uses the operators of {DOMAIN}, whose kernel library is not there; {HOW_TO_BUILD}."
     return f"ONNX Runtime {ort.__version__} cannot load {described}: {text}"
 
 

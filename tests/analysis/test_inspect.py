@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from mptqc.analysis.inspect import PLAN_KEY, inspect_model
+from mptqc.analysis.inspect import inspect_model
 from mptqc.errors import ModelError
 from mptqc.graph.edit import constant_of
 from mptqc.graph.integer_products import find_integer_products
@@ -15,7 +15,7 @@ from mptqc.passes.base import run_passes
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
-from mptqc.plan import QuantPlan
+from mptqc.plan import PLAN_KEY, QuantPlan
 
 MakeModel = Callable[[], ir.Model]
 MakePlan = Callable[..., QuantPlan]

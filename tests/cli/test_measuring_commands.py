@@ -208,7 +208,7 @@ def test_doctor_json(capsys):
     assert result["packages"]["onnx"] == onnx.__version__
     assert result["providers"]["cpu"] == {"built_in": True, "starts": True, "reason": None}
     assert set(result["providers"]) == {"cpu", "cuda"}
-    assert result["kernel_library"].startswith("none")
+    assert result["kernel_library"]
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """What is installed is what is in the tree."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,14 @@ ROOT = Path(__file__).parents[2]
 BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
 
 
-def python(*arguments: object, folder: Path) -> None:
+def python(*arguments: object, folder: Path, **environment: str) -> None:
     ran = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
@@ -29,21 +35,25 @@ def sources() -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
+@pytest.fixture
+def tree(tmp_path):
     """A copy to build in, so that nothing is left in the working tree; the symlink stays one."""
-    folder = tmp_path_factory.mktemp("tree")
-    ignored = shutil.ignore_patterns("__pycache__")
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for name in BUILD_FILES:
         shutil.copy(ROOT / name, folder / name)
-    for name in ("mptqc", "passes"):
+    for name in ("mptqc", "passes", "kernels"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     return folder
 
 
-def build_wheel(source: Path, folder: Path) -> set[str]:
+LIBRARY = "mptqc/runtime/libmptqc_kernels.so"
+
+
+def build_wheel(source: Path, folder: Path, **environment: str) -> set[str]:
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
-    python("-m", "pip", "wheel", *options, source, folder=folder)
+    python("-m", "pip", "wheel", *options, source, folder=folder, **environment)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         return set(wheel.namelist())
 
@@ -51,8 +61,15 @@ def build_wheel(source: Path, folder: Path) -> set[str]:
 def test_wheel_of_the_tree_holds_every_module(tree, tmp_path):
     names = build_wheel(tree, tmp_path)
     assert sources() - names == set()
+    assert (LIBRARY in names) == (shutil.which("g++") is not None)
     top_level = {name.split("/")[0] for name in names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"mptqc"}
+
+
+def test_without_a_compiler_only_the_kernel_library_is_missing(tree, tmp_path):
+    names = build_wheel(tree, tmp_path, CC="no-compiler", CXX="no-compiler")
+    assert sources() - names == set()
+    assert LIBRARY not in names
 
 
 def test_wheel_of_the_source_archive_holds_every_module(tree, tmp_path):
@@ -60,7 +77,9 @@ def test_wheel_of_the_source_archive_holds_every_module(tree, tmp_path):
     archive = next(tmp_path.glob("*.tar.gz"))
     with tarfile.open(archive) as content:
         assert any(name.endswith("/constraints.txt") for name in content.getnames())
-    assert sources() - build_wheel(archive, tmp_path) == set()
+    names = build_wheel(archive, tmp_path)
+    assert sources() - names == set()
+    assert (LIBRARY in names) == (shutil.which("g++") is not None)
 
 
 def test_markers_never_ask_for_both_runtimes():

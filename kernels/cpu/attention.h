@@ -1,0 +1,233 @@
+// Attention, one head and one chunk of query rows a task: keys and values become blocks once, then a few rows at a time
+// go through scores, softmax, codes of P and context, without leaving the cache.
+//
+// Codes of k and v are uint8 but the product wants int8, so 128 is taken off codes and zero point.
+#pragma once
+
+#include <cstring>
+
+#include "functions.h"
+#include "product.h"
+#include "quantizer.h"
+
+namespace mptqc {
+
+template <class L>
+struct AttentionTask {
+  using V = Wide<L>;
+  using F = typename V::F;
+  using I = typename V::I;
+
+  const mptqc_attention& a;
+  const AttentionScratch layout;
+  int8_t *keys, *values;
+  int32_t *key_offset, *value_offset;
+  float* scores;   // [L::kRows, padded columns]
+  uint8_t* codes;  // the same
+  int32_t code_sum[kMostRows], code_of_zero;
+  float beyond[kPanel];  // added to the last scores of a row: 0 in its columns, as low as can be beyond
+  QuantizerConstants probability;
+  Output output;
+  Tile tile = {};
+
+  // `scratch` has layout.bytes bytes.
+  AttentionTask(const mptqc_attention& arguments, uint8_t* scratch)
+      : a(arguments),
+        layout(arguments),
+        keys(reinterpret_cast<int8_t*>(scratch + layout.keys)),
+        values(reinterpret_cast<int8_t*>(scratch + layout.values)),
+        key_offset(reinterpret_cast<int32_t*>(scratch + layout.key_offset)),
+        value_offset(reinterpret_cast<int32_t*>(scratch + layout.value_offset)),
+        scores(reinterpret_cast<float*>(scratch + layout.scores)),
+        codes(scratch + layout.codes),
+        probability(arguments.probability),
+        output(arguments.quantizer, arguments.output) {
+    code_of_zero = V::sum(codes_of_quotient<V>(probability, V::set(0.0f))) / static_cast<int32_t>(kPanel);
+    for (int c = 0; c < kPanel; ++c) beyond[c] = c < (a.columns - 1) % kPanel + 1 ? 0.0f : kLowest;
+  }
+
+  void run(int64_t task) {
+    const int64_t chunks = chunk_count(a.rows), chunk = chunk_rows(a.rows);
+    const int64_t first_row = task % chunks * chunk, end_row = least(first_row + chunk, a.rows);
+    const int64_t head = task / chunks % a.heads, batch = task / chunks / a.heads;
+    block_keys(a.k + (batch * a.columns * a.heads + head) * a.width);
+    block_values(a.v + (batch * a.columns * a.heads + head) * a.value_width);
+    for (int64_t row = first_row; row < end_row; row += L::kRows) {
+      const int rows = static_cast<int>(least(L::kRows, end_row - row));
+      score_rows(batch, head, row, rows);
+      write_context(batch, head, row, rows);
+    }
+  }
+
+  static constexpr float kLowest = -3.40282347e38f, kInverseLn2 = 1.44269504f;
+
+  int32_t signed_k_zero() const { return a.k_zero_point - 128; }
+  int32_t signed_v_zero() const { return a.v_zero_point - 128; }
+
+  // Four codes of one key are one word of a block: block[s / 16][d / 4][s % 16].
+  void block_keys(const uint8_t* k) {
+    const int64_t stride = a.heads * a.width, words = ceil_divide(a.width, kBlockInputs);
+    const int64_t whole = a.width / 16 * 16;
+    const int64_t blocks = ceil_divide(a.columns, kBlockOutputs);
+    std::memset(keys, 0, blocks * words * kBlockBytes);
+    for (int64_t s = 0; s < a.columns; s += 4) {
+      const uint8_t* from = k + s * stride;
+      int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
+      const bool four = s + 4 <= a.columns;
+      for (int64_t d = 0; four && d < whole; d += 16) {
+        const uint8_t* const rows[4] = {from + d, from + stride + d, from + 2 * stride + d, from + 3 * stride + d};
+        L::words_of_rows(rows, to + d * kBlockOutputs);
+      }
+      for (int64_t r = 0; r < least(4, a.columns - s); ++r)
+        for (int64_t d = four ? whole : 0; d < a.width; ++d)
+          to[d / 4 * kBlockBytes + r * 4 + d % 4] = static_cast<int8_t>(from[r * stride + d] - 128);
+    }
+    const int32_t constant = static_cast<int32_t>(a.width) * a.q_zero_point * signed_k_zero();
+    offsets(keys, blocks, words, a.q_zero_point, constant, key_offset);
+  }
+
+  void block_values(const uint8_t* v) {
+    const int64_t stride = a.heads * a.value_width, groups = ceil_divide(a.columns, kBlockInputs);
+    const int64_t blocks = ceil_divide(a.value_width, kBlockOutputs);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t wide = least(16, a.value_width - block * 16);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t tall = least(4, a.columns - group * 4);
+        const uint8_t* from = v + group * 4 * stride + block * 16;
+        int8_t* to = values + (block * groups + group) * kBlockBytes;
+        if (wide == 16 && tall == 4) {
+          const uint8_t* const rows[4] = {from, from + stride, from + 2 * stride, from + 3 * stride};
+          L::block_of_rows(rows, to);
+          continue;
+        }
+        std::memset(to, 0, kBlockBytes);
+        for (int64_t i = 0; i < wide; ++i)
+          for (int64_t j = 0; j < tall; ++j) to[4 * i + j] = static_cast<int8_t>(from[j * stride + i] - 128);
+      }
+    }
+    const int32_t p_zero = a.probability.zero_point;
+    const int32_t constant = static_cast<int32_t>(a.columns) * p_zero * signed_v_zero();
+    offsets(values, blocks, groups, p_zero, constant, value_offset);
+  }
+
+  // offset[c] = constant - zero_point * (the sum of column c).
+  static void offsets(
+      const int8_t* data, int64_t blocks, int64_t groups, int32_t zero_point, int32_t constant, int32_t* offset) {
+    const uint8_t ones[4] = {1, 1, 1, 1};
+    for (int64_t block = 0; block < blocks; ++block) {
+      auto sum = L::set(int32_t{0});
+      for (int64_t group = 0; group < groups; ++group) {
+        sum = L::dot(sum, L::spread(ones), L::weights(data + (block * groups + group) * kBlockBytes));
+      }
+      int32_t column[16];
+      L::store(column, sum);
+      for (int i = 0; i < 16; ++i) offset[16 * block + i] = constant - zero_point * column[i];
+    }
+  }
+
+  static int32_t sum_of(const uint8_t* codes, int64_t count) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += codes[i];
+    return total;
+  }
+
+  void score_rows(int64_t batch, int64_t head, int64_t row, int rows) {
+    const int64_t stride = a.heads * a.width, block_bytes = ceil_divide(a.width, kBlockInputs) * kBlockBytes;
+    const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
+    int32_t row_offset[kMostRows];
+    F largest[kMostRows];
+    for (int r = 0; r < rows; ++r) {
+      row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * sum_of(query.data + r * stride, a.width);
+      largest[r] = V::set(kLowest);
+    }
+    for (int64_t column = 0; column < a.columns; column += kPanel) {
+      const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
+      const int blocks = static_cast<int>(ceil_divide(count(column), 16));
+      multiply<L>(rows, blocks, query, panel, key_offset + column, tile);
+      for (int r = 0; r < rows; ++r) {
+        const float* bias = addend_row(a.bias, batch, head, row + r);
+        const float* mask = addend_row(a.mask, batch, head, row + r);
+        largest[r] = finish_scores(r, row_offset[r], column, bias, mask, largest[r]);
+      }
+    }
+    quantize_softmax(rows, largest);
+  }
+
+  const float* addend_row(const mptqc_addend& added, int64_t batch, int64_t head, int64_t row) const {
+    if (added.data == nullptr) return nullptr;
+    const int64_t h = added.heads == 1 ? 0 : head, t = added.rows == 1 ? 0 : row;
+    return added.data + ((batch % added.windows * added.heads + h) * added.rows + t) * a.columns;
+  }
+
+  // Scores of kPanel columns; `largest` takes them in.
+  MPTQC_INLINE F finish_scores(
+      int r, int32_t row_offset, int64_t column, const float* bias, const float* mask, F largest) {
+    const int n = count(column);
+    const auto sum = V::add(V::load(tile.sum[r]), V::set(row_offset));
+    auto score = V::multiply(V::to_float(sum), V::set(a.score_scale));
+    if (bias != nullptr) score = V::add(score, V::load(bias + column, n));
+    if (mask != nullptr) score = V::add(score, V::load(mask + column, n));
+    if (n < kPanel) score = V::add(score, V::load(beyond));
+    V::store(scores + r * layout.padded_columns + column, score);
+    return V::maximum(largest, score);
+  }
+
+  // Rows take each step in turn, so that they wait for their sums across lanes together.
+  void quantize_softmax(int rows, const F (&largest)[kMostRows]) {
+    F total[kMostRows];
+    I all[kMostRows];
+    float shift[kMostRows], quotient[kMostRows];
+    for (int r = 0; r < rows; ++r) shift[r] = -V::largest(largest[r]) * kInverseLn2;
+    for (int r = 0; r < rows; ++r) total[r] = raise(scores + r * layout.padded_columns, shift[r]);
+    for (int r = 0; r < rows; ++r) quotient[r] = 1.0f / (V::sum(total[r]) * a.probability.scale);
+    for (int r = 0; r < rows; ++r) {
+      all[r] = quantize(scores + r * layout.padded_columns, quotient[r], codes + r * layout.padded_columns);
+    }
+    const int32_t excess = static_cast<int32_t>(layout.padded_columns - a.columns) * code_of_zero;
+    for (int r = 0; r < rows; ++r) code_sum[r] = V::sum(all[r]) - excess;
+  }
+
+  // Scores become e^s up to a factor: e^(s - largest) = 2^(s/ln 2 + shift). Returns their sum, which is 1 or more, so that
+  // the 2^-126 of each score beyond the last column is lost in it.
+  MPTQC_INLINE F raise(float* score, float shift) const {
+    auto total = V::set(0.0f);
+    for (int64_t c = 0; c < a.columns; c += kPanel) {
+      const auto power = power_of_2<V>(V::multiply_add(V::load(score + c), V::set(kInverseLn2), V::set(shift)));
+      V::store(score + c, power);
+      total = V::add(total, power);
+    }
+    return total;
+  }
+
+  // The codes of quotient * power; returns their sum. Beyond the last column they are that of 0, and the values are 0.
+  MPTQC_INLINE I quantize(const float* power, float quotient, uint8_t* code) const {
+    auto total = V::set(int32_t{0});
+    for (int64_t c = 0; c < a.columns; c += kPanel) {
+      const auto steps = codes_of_quotient<V>(probability, V::multiply(V::load(power + c), V::set(quotient)));
+      V::store_codes(code + c, steps);
+      total = V::add(total, steps);
+    }
+    return total;
+  }
+
+  // How many of the kPanel columns from c on there are.
+  int count(int64_t c) const { return static_cast<int>(least(kPanel, a.columns - c)); }
+
+  void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
+    const int64_t block_bytes = ceil_divide(a.columns, kBlockInputs) * kBlockBytes;
+    const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
+    for (int64_t column = 0; column < a.value_width; column += kPanel) {
+      const int columns = static_cast<int>(least(kPanel, a.value_width - column));
+      const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
+      multiply<L>(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
+        const int32_t row_offset = -signed_v_zero() * code_sum[r];
+        const auto total = V::add(V::load(tile.sum[r]), V::set(row_offset));
+        write<V>(output, to, V::multiply(V::to_float(total), V::set(a.context_scale)), columns);
+      }
+    }
+  }
+};
+
+}  // namespace mptqc

@@ -1,0 +1,22 @@
+// One instruction set's kernels, as a table; implement.h fills it for a Lanes type.
+#pragma once
+
+#include "mptqc_kernels.h"
+
+namespace mptqc {
+
+// Each runs one task of arguments that were checked.
+struct Implementation {
+  void (*layer_norm)(const mptqc_layer_norm&, int64_t task);
+  void (*linear)(const mptqc_linear&, int64_t task);
+  void (*attention)(const mptqc_attention&, int64_t task, uint8_t* scratch);
+  void (*patches)(const mptqc_patches&, int64_t task);
+};
+
+extern const Implementation kPortable;
+#if defined(__x86_64__)
+extern const Implementation kAvx2;
+extern const Implementation kAvx512Vnni;
+#endif
+
+}  // namespace mptqc

@@ -1,0 +1,183 @@
+// Sixteen lanes in plain C++: the baseline that the vector versions equal bit for bit, and what ARM runs.
+//
+// Every Lanes type has the members of this one. F holds 16 floats, I 16 int32; Weights 16 outputs' groups of 4 int8,
+// Inputs one group of 4 uint8 for all outputs. Sums across lanes fold halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace mptqc {
+
+struct LanesPortable {
+  static constexpr int kRows = 4, kVectors = 1;  // of the product's register tile
+
+  struct F {
+    float lane[16];
+  };
+  struct I {
+    int32_t lane[16];
+  };
+  struct Inputs {
+    uint8_t code[4];
+  };
+  struct Weights {
+    const int8_t* code;
+  };
+
+  static F set(float x) {
+    F out;
+    for (float& lane : out.lane) lane = x;
+    return out;
+  }
+  static I set(int32_t x) {
+    I out;
+    for (int32_t& lane : out.lane) lane = x;
+    return out;
+  }
+  static F load(const float* from) { return load(from, 16); }
+  static I load(const int32_t* from) {
+    I out;
+    std::memcpy(out.lane, from, sizeof out.lane);
+    return out;
+  }
+  // The first n floats, zeros behind them.
+  static F load(const float* from, int n) {
+    F out = {};
+    std::memcpy(out.lane, from, sizeof(float) * n);
+    return out;
+  }
+  static void store(float* to, F a) { store(to, a, 16); }
+  static void store(float* to, F a, int n) { std::memcpy(to, a.lane, sizeof(float) * n); }
+  static void store(int32_t* to, I a) { std::memcpy(to, a.lane, sizeof a.lane); }
+
+  // The low byte of the first n lanes.
+  static void store_codes(uint8_t* to, I a, int n) {
+    for (int i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(a.lane[i]);
+  }
+
+  // The low bytes of four vectors; the codes are 0 to 255.
+  static void store_codes(uint8_t* to, const I (&a)[4]) {
+    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, a[i], 16);
+  }
+
+  // The first n lanes of a, the others of b.
+  static F first(int n, F a, F b) {
+    for (int i = n; i < 16; ++i) a.lane[i] = b.lane[i];
+    return a;
+  }
+  static I first(int n, I a, I b) {
+    for (int i = n; i < 16; ++i) a.lane[i] = b.lane[i];
+    return a;
+  }
+
+  static F add(F a, F b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static F subtract(F a, F b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] -= b.lane[i];
+    return a;
+  }
+  static F multiply(F a, F b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  // a * b + c, rounded once.
+  static F multiply_add(F a, F b, F c) {
+    for (int i = 0; i < 16; ++i) a.lane[i] = std::fma(a.lane[i], b.lane[i], c.lane[i]);
+    return a;
+  }
+  // c - a * b, rounded once.
+  static F subtract_product(F c, F a, F b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] = std::fma(-a.lane[i], b.lane[i], c.lane[i]);
+    return a;
+  }
+  // b where a is NaN, as on x86.
+  static F minimum(F a, F b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
+  static F maximum(F a, F b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
+  static F absolute(F a) {
+    for (float& lane : a.lane) lane = std::fabs(lane);
+    return a;
+  }
+  // To nearest, ties to even; |a| < 2^22.
+  static F round(F a) {
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: its last bit is worth 1
+    for (float& lane : a.lane) lane = (lane + shifter) - shifter;
+    return a;
+  }
+  static I to_int(F a) {
+    I out;
+    a = round(a);
+    for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<int32_t>(a.lane[i]);
+    return out;
+  }
+  static F to_float(I a) {
+    F out;
+    for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(a.lane[i]);
+    return out;
+  }
+  static I add(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static I shift_left(I a, int bits) {
+    for (int32_t& lane : a.lane) lane = static_cast<int32_t>(static_cast<uint32_t>(lane) << bits);
+    return a;
+  }
+  static F as_float(I a) {
+    F out;
+    std::memcpy(out.lane, a.lane, sizeof out.lane);
+    return out;
+  }
+
+  static float sum(F a) {
+    for (int half = 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
+    return a.lane[0];
+  }
+  static int32_t sum(I a) {
+    int32_t total = 0;
+    for (int32_t lane : a.lane) total += lane;
+    return total;
+  }
+  static float largest(F a) {
+    for (int half = 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) a.lane[i] = a.lane[i] > a.lane[i + half] ? a.lane[i] : a.lane[i + half];
+    return a.lane[0];
+  }
+
+  static Inputs spread(const uint8_t* codes) {
+    Inputs out;
+    std::memcpy(out.code, codes, sizeof out.code);
+    return out;
+  }
+  static Weights weights(const int8_t* block) { return {block}; }
+  // sum + a · w, exact.
+  static I dot(I sum, Inputs a, Weights w) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) sum.lane[i] += a.code[j] * w.code[4 * i + j];
+    return sum;
+  }
+
+  // Sixteen columns of four rows of codes as one block, each code minus 128.
+  static void block_of_rows(const uint8_t* const rows[4], int8_t* block) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) block[4 * i + j] = static_cast<int8_t>(rows[j][i] - 128);
+  }
+  // Sixteen codes of four rows, each code minus 128: the w-th four codes of row r become word r of the w-th block.
+  static void words_of_rows(const uint8_t* const rows[4], int8_t* first_block) {
+    for (int w = 0; w < 4; ++w)
+      for (int r = 0; r < 4; ++r)
+        for (int j = 0; j < 4; ++j) first_block[64 * w + 4 * r + j] = static_cast<int8_t>(rows[r][4 * w + j] - 128);
+  }
+};
+
+}  // namespace mptqc

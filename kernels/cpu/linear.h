@@ -1,0 +1,50 @@
+// Linear: a product, and on each tile while it is in the first cache: scale, bias, activation, residual, quantizer.
+#pragma once
+
+#include "functions.h"
+#include "product.h"
+#include "quantizer.h"
+
+namespace mptqc {
+
+template <class L>
+struct LinearTask {
+  using V = Wide<L>;
+  const mptqc_linear& a;
+  Output output;
+
+  explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output) {}
+
+  void run(int64_t task) const {
+    const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
+    const int64_t first_column = task % panels * kPanel, first_row = task / panels * chunk;
+    const int64_t end_row = least(first_row + chunk, a.rows);
+    const int columns = static_cast<int>(least(kPanel, a.outputs - first_column));
+    const int blocks = static_cast<int>(ceil_divide(columns, kBlockOutputs));
+    const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes;
+    const Blocks weight = {a.weight + first_column / kBlockOutputs * block_bytes, block_bytes};
+    Tile tile = {};
+    for (int64_t row = first_row; row < end_row; row += L::kRows) {
+      const int rows = static_cast<int>(least(L::kRows, end_row - row));
+      const Codes input = {a.input + row * a.inputs, a.inputs, a.inputs};
+      multiply<L>(rows, blocks, input, weight, a.offset + first_column, tile);
+      for (int r = 0; r < rows; ++r) finish(tile.sum[r], target_row(row + r), first_column, columns);
+    }
+  }
+
+  int64_t target_row(int64_t row) const {
+    if (a.table_size == 0) return row;
+    return row - row % a.table_size + a.table[row % a.table_size];
+  }
+
+  void finish(const int32_t* sum, int64_t row, int64_t column, int columns) const {
+    const int64_t index = row * a.outputs + column;
+    auto y = V::multiply(V::to_float(V::load(sum)), V::load(a.scale + column));
+    y = V::add(y, V::load(a.bias + column));
+    if (a.activation == MPTQC_GELU) y = gelu<V>(y);
+    if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
+    write<V>(output, index, y, columns);
+  }
+};
+
+}  // namespace mptqc

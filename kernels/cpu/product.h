@@ -1,0 +1,94 @@
+// The integer product that Linear and attention share: rows of uint8 codes times blocks of int8.
+#pragma once
+
+#include <cstring>
+
+#include "wide.h"
+
+namespace mptqc {
+
+// A tile of sums: up to kMostRows rows of one panel.
+struct alignas(64) Tile {
+  int32_t sum[kMostRows][kPanel];
+};
+
+// Rows of codes: row r begins at data + r * stride and holds `width` codes.
+struct Codes {
+  const uint8_t* data;
+  int64_t stride, width;
+};
+
+// Blocks of outputs: [blocks][ceil(width / 4)][16][4].
+struct Blocks {
+  const int8_t* data;
+  int64_t block_bytes;
+};
+
+// sum[r][v] += a[r] * w[v] over one group of 4 inputs.
+template <class L, int Rows, int Vectors>
+MPTQC_INLINE void add_group(
+    typename L::I (&sum)[Rows][Vectors], const uint8_t* a, int64_t stride, const int8_t* block, int64_t block_bytes) {
+  typename L::Weights weights[Vectors];
+  MPTQC_UNROLL
+  for (int v = 0; v < Vectors; ++v) weights[v] = L::weights(block + v * block_bytes);
+  MPTQC_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const typename L::Inputs inputs = L::spread(a + r * stride);
+    MPTQC_UNROLL
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = L::dot(sum[r][v], inputs, weights[v]);
+  }
+}
+
+// tile[r][c] = offset[c] + sum_k a[r][k] * w[k][c] for Rows rows and Vectors blocks of 16 columns.
+template <class L, int Rows, int Vectors>
+void multiply_tile(Codes a, Blocks w, const int32_t* offset, int32_t (*tile)[kPanel]) {
+  typename L::I sum[Rows][Vectors];
+  MPTQC_UNROLL
+  for (int v = 0; v < Vectors; ++v) {
+    MPTQC_UNROLL
+    for (int r = 0; r < Rows; ++r) sum[r][v] = L::load(offset + 16 * v);
+  }
+  const int64_t groups = a.width / kBlockInputs, rest = a.width % kBlockInputs;
+  for (int64_t k = 0; k < groups; ++k) {
+    add_group<L, Rows, Vectors>(sum, a.data + k * kBlockInputs, a.stride, w.data + k * kBlockBytes, w.block_bytes);
+  }
+  if (rest > 0) {
+    uint8_t last[Rows][kBlockInputs] = {};
+    for (int r = 0; r < Rows; ++r) std::memcpy(last[r], a.data + r * a.stride + groups * kBlockInputs, rest);
+    add_group<L, Rows, Vectors>(sum, last[0], kBlockInputs, w.data + groups * kBlockBytes, w.block_bytes);
+  }
+  MPTQC_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    MPTQC_UNROLL
+    for (int v = 0; v < Vectors; ++v) L::store(tile[r] + 16 * v, sum[r][v]);
+  }
+}
+
+template <class L, int Rows, int Vectors>
+void multiply_vectors(int vectors, Codes a, Blocks w, const int32_t* offset, int32_t (*tile)[kPanel]) {
+  if constexpr (Vectors > 1) {
+    if (vectors < Vectors) return multiply_vectors<L, Rows, Vectors - 1>(vectors, a, w, offset, tile);
+  }
+  multiply_tile<L, Rows, Vectors>(a, w, offset, tile);
+}
+
+template <class L, int Rows>
+void multiply_rows(int rows, int vectors, Codes a, Blocks w, const int32_t* offset, int32_t (*tile)[kPanel]) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return multiply_rows<L, Rows - 1>(rows, vectors, a, w, offset, tile);
+  }
+  multiply_vectors<L, Rows, L::kVectors>(vectors, a, w, offset, tile);
+}
+
+// One panel of `blocks` <= kPanelBlocks blocks, for `rows` <= L::kRows rows.
+template <class L>
+void multiply(int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile& tile) {
+  for (int block = 0; block < blocks; block += L::kVectors) {
+    const int vectors = blocks - block < L::kVectors ? blocks - block : L::kVectors;
+    const Blocks part = {w.data + block * w.block_bytes, w.block_bytes};
+    int32_t(*to)[kPanel] = reinterpret_cast<int32_t(*)[kPanel]>(&tile.sum[0][16 * block]);
+    multiply_rows<L, L::kRows>(rows, vectors, a, part, offset + 16 * block, to);
+  }
+}
+
+}  // namespace mptqc

@@ -1,0 +1,58 @@
+// How the operators fall into tasks, and the scratch memory that a task of an attention needs.
+// Unnamed namespace: the headers of this folder are compiled once for each instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "mptqc_kernels.h"
+
+namespace mptqc {
+namespace {
+
+constexpr int64_t kBlockOutputs = MPTQC_BLOCK_OUTPUTS, kBlockInputs = MPTQC_BLOCK_INPUTS;
+constexpr int64_t kBlockBytes = kBlockOutputs * kBlockInputs;
+
+// A panel is what one pass of the product covers: 4 blocks of outputs.
+constexpr int kPanelBlocks = 4;
+constexpr int64_t kPanel = MPTQC_PANEL;
+static_assert(kPanel == kPanelBlocks * kBlockOutputs);
+
+// The most rows of a product's register tile in any implementation.
+constexpr int kMostRows = 6;
+
+// Sums over this many products of two codes fit int32, their offsets included: one for a Linear, three in attention.
+constexpr int64_t kMostLinearTerms = 32768, kMostAttentionTerms = 16384;
+
+constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows of each chunk when `rows` are shared out evenly in chunks of at most 128, whole register tiles each.
+constexpr int64_t chunk_rows(int64_t rows) {
+  const int64_t chunks = rows > 0 ? ceil_divide(rows, 128) : 1;
+  return round_up(rows > 0 ? ceil_divide(rows, chunks) : 1, kMostRows);
+}
+constexpr int64_t chunk_count(int64_t rows) { return ceil_divide(rows, chunk_rows(rows)); }
+
+constexpr int64_t kLayerNormRows = 32;
+
+// Where the parts of an attention task's scratch memory begin, in bytes; each on a cache line.
+struct AttentionScratch {
+  int64_t padded_columns, keys, key_offset, values, value_offset, scores, codes, bytes;
+
+  explicit AttentionScratch(const mptqc_attention& a)
+      : padded_columns(round_up(a.columns, kPanel)),
+        keys(0),
+        key_offset(keys + padded_columns * round_up(a.width, kBlockInputs)),
+        values(key_offset + line(padded_columns * 4)),
+        value_offset(values + round_up(a.value_width, kBlockOutputs) * round_up(a.columns, kBlockInputs)),
+        scores(value_offset + line(round_up(a.value_width, kBlockOutputs) * 4)),
+        codes(scores + line(kMostRows * padded_columns * 4)),
+        bytes(codes + line(kMostRows * padded_columns)) {}
+
+  static int64_t line(int64_t bytes) { return round_up(bytes, 64); }
+};
+
+}  // namespace
+}  // namespace mptqc

@@ -1,0 +1,136 @@
+// Four vectors that take each step together. A chain of dependent operations waits for each result some four cycles;
+// four chains side by side fill those, which the processor's own reordering is too short-sighted to do.
+#pragma once
+
+#include "sizes.h"
+
+namespace mptqc {
+
+// Full unrolling and inlining are a must: arrays of vectors would otherwise live in memory.
+#define MPTQC_UNROLL _Pragma("GCC unroll 16")
+#define MPTQC_INLINE inline __attribute__((always_inline))
+
+// Has the members of a Lanes type that work on values, for kPanel of them.
+template <class L>
+struct Wide {
+  static constexpr int kParts = kPanelBlocks;
+
+  struct F {
+    typename L::F part[kParts];
+  };
+  struct I {
+    typename L::I part[kParts];
+  };
+
+  static F set(float x) {
+    F out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::set(x);
+    return out;
+  }
+  static I set(int32_t x) {
+    I out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::set(x);
+    return out;
+  }
+  static F load(const float* from) {
+    F out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::load(from + 16 * i);
+    return out;
+  }
+  static I load(const int32_t* from) {
+    I out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::load(from + 16 * i);
+    return out;
+  }
+  static void store(float* to, F a) {
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i]);
+  }
+  static void store_codes(uint8_t* to, I a) { L::store_codes(to, a.part); }
+
+  // The same for the first n <= kPanel values alone.
+  static F load(const float* from, int n) {
+    if (n == kPanel) return load(from);
+    F out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::load(from + 16 * i, lanes(n, i));
+    return out;
+  }
+  static void store(float* to, F a, int n) {
+    if (n == kPanel) return store(to, a);
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i], lanes(n, i));
+  }
+  static void store_codes(uint8_t* to, I a, int n) {
+    if (n == kPanel) return store_codes(to, a);
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) L::store_codes(to + 16 * i, a.part[i], lanes(n, i));
+  }
+  template <class Vector>
+  static Vector first(int n, Vector a, Vector b) {
+    if (n == kPanel) return a;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) a.part[i] = L::first(lanes(n, i), a.part[i], b.part[i]);
+    return a;
+  }
+  // How many of the first n values are in part i.
+  static int lanes(int n, int i) { return n <= 16 * i ? 0 : n >= 16 * i + 16 ? 16 : n - 16 * i; }
+
+  // Sums fold parts, then lanes: one order for every instruction set.
+  static float sum(F a) { return L::sum(L::add(L::add(a.part[0], a.part[1]), L::add(a.part[2], a.part[3]))); }
+  static float largest(F a) {
+    return L::largest(L::maximum(L::maximum(a.part[0], a.part[1]), L::maximum(a.part[2], a.part[3])));
+  }
+  static int32_t sum(I a) { return L::sum(L::add(L::add(a.part[0], a.part[1]), L::add(a.part[2], a.part[3]))); }
+
+#define MPTQC_WIDE_1(Result, name, A)                                 \
+  static Result name(A a) {                                           \
+    Result out;                                                       \
+    MPTQC_UNROLL                                                      \
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::name(a.part[i]); \
+    return out;                                                       \
+  }
+#define MPTQC_WIDE_2(Result, name)                                                 \
+  static Result name(Result a, Result b) {                                         \
+    Result out;                                                                    \
+    MPTQC_UNROLL                                                                   \
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::name(a.part[i], b.part[i]);   \
+    return out;                                                                    \
+  }
+#define MPTQC_WIDE_3(Result, name)                                                            \
+  static Result name(Result a, Result b, Result c) {                                          \
+    Result out;                                                                               \
+    MPTQC_UNROLL                                                                              \
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::name(a.part[i], b.part[i], c.part[i]);   \
+    return out;                                                                               \
+  }
+  MPTQC_WIDE_1(F, absolute, F)
+  MPTQC_WIDE_1(F, round, F)
+  MPTQC_WIDE_1(I, to_int, F)
+  MPTQC_WIDE_1(F, to_float, I)
+  MPTQC_WIDE_1(F, as_float, I)
+  MPTQC_WIDE_2(F, add)
+  MPTQC_WIDE_2(I, add)
+  MPTQC_WIDE_2(F, subtract)
+  MPTQC_WIDE_2(F, multiply)
+  MPTQC_WIDE_2(F, minimum)
+  MPTQC_WIDE_2(F, maximum)
+  MPTQC_WIDE_3(F, multiply_add)
+  MPTQC_WIDE_3(F, subtract_product)
+#undef MPTQC_WIDE_1
+#undef MPTQC_WIDE_2
+#undef MPTQC_WIDE_3
+
+  static I shift_left(I a, int bits) {
+    I out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::shift_left(a.part[i], bits);
+    return out;
+  }
+};
+
+}  // namespace mptqc

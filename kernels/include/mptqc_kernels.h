@@ -1,0 +1,126 @@
+/* The kernels of the operators in docs/custom-ops.md: raw pointers, sizes, a status; no framework.
+ *
+ * Each operator is a struct of arguments, the number of tasks it falls into, and a function that runs one of them. Tasks
+ * are independent, may run on any threads at once, and do not depend on how many there are. The functions check the
+ * struct's sizes and quantizers; that pointers hold what the sizes say is the caller's part.
+ *
+ * Codes are uint8. A blocked weight of K inputs and N outputs is int8 [ceil(N/16)][ceil(K/4)][16][4].
+ */
+#ifndef MPTQC_KERNELS_H
+#define MPTQC_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MPTQC_EXPORT __declspec(dllexport)
+#else
+#define MPTQC_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MPTQC_BLOCK_OUTPUTS 16
+#define MPTQC_BLOCK_INPUTS 4
+#define MPTQC_PANEL 64 /* what the arrays of one value per output are padded to */
+
+typedef enum { MPTQC_OK = 0, MPTQC_INVALID_ARGUMENT = 1, MPTQC_OUT_OF_MEMORY = 2 } mptqc_status;
+
+/* Worst to best. */
+typedef enum { MPTQC_PORTABLE = 0, MPTQC_AVX2 = 1, MPTQC_AVX512_VNNI = 2, MPTQC_ISA_COUNT = 3 } mptqc_isa;
+
+/* "portable", "avx2", "avx512_vnni". */
+MPTQC_EXPORT const char* mptqc_isa_name(mptqc_isa isa);
+
+/* 1 if this build and this processor have it, else 0. */
+MPTQC_EXPORT int mptqc_isa_runs_here(mptqc_isa isa);
+
+/* The one called `name`, or the best that runs here if name is null or empty; invalid if unknown or absent. */
+MPTQC_EXPORT mptqc_status mptqc_choose_isa(const char* name, mptqc_isa* isa);
+
+/* See "Codes and quantizers" in docs/custom-ops.md. */
+typedef struct {
+  float scale;
+  int32_t zero_point, minimum, maximum, m, split;
+} mptqc_quantizer;
+
+/* Null if the quantizer is sound, else what is wrong with it. */
+MPTQC_EXPORT const char* mptqc_quantizer_fault(const mptqc_quantizer* quantizer);
+
+/* y = quantizer(gamma * (x - mean) / sqrt(variance + epsilon) + beta) */
+typedef struct {
+  int64_t rows, width;
+  const float *input, *gamma, *beta; /* [rows, width], [width], [width] */
+  float epsilon;
+  int64_t table_size; /* 0: none; else it divides rows */
+  const int64_t* table; /* output row r of a group of table_size is made from its input row table[r] */
+  mptqc_quantizer quantizer;
+  uint8_t* output; /* [rows, width] */
+} mptqc_layer_norm;
+
+MPTQC_EXPORT int64_t mptqc_layer_norm_tasks(const mptqc_layer_norm* arguments);
+MPTQC_EXPORT mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_norm* arguments, int64_t task);
+
+typedef enum { MPTQC_NO_ACTIVATION = 0, MPTQC_GELU = 1 } mptqc_activation;
+
+/* y = activation(float(sum(input * weight) + offset) * scale + bias), then + residual, then the quantizer */
+typedef struct {
+  int64_t rows, inputs, outputs;
+  const uint8_t* input; /* [rows, inputs] */
+  const int8_t* weight; /* blocked */
+  const int32_t* offset; /* offset, scale, bias: [outputs rounded up to 64] */
+  const float *scale, *bias;
+  int32_t activation;
+  const float* residual; /* [rows, outputs], or null */
+  int64_t table_size; /* 0: none; else it divides rows */
+  const int64_t* table; /* row r of a group of table_size goes to its output row table[r]; a permutation */
+  const mptqc_quantizer* quantizer; /* null: the output is float */
+  void* output; /* [rows, outputs] uint8 or float */
+} mptqc_linear;
+
+MPTQC_EXPORT int64_t mptqc_linear_tasks(const mptqc_linear* arguments);
+MPTQC_EXPORT mptqc_status mptqc_linear_run(mptqc_isa isa, const mptqc_linear* arguments, int64_t task);
+
+/* offset[n] = -zero_point * sum_k weight[k, n] for each output: what makes a sum over codes one over (code - zero_point). */
+MPTQC_EXPORT void mptqc_linear_offset(
+    const int8_t* weight, int64_t inputs, int64_t outputs, int32_t zero_point, int32_t* offset);
+
+/* Added to the scores of an attention: float [windows, heads, rows, columns]; batch entry b takes window b % windows. */
+typedef struct {
+  const float* data; /* null: nothing is added */
+  int64_t windows, heads, rows; /* heads and rows: as the attention's, or 1 */
+} mptqc_addend;
+
+/* P = probability(softmax(float(sum((q - q_zero)(k - k_zero))) * score_scale + bias + mask));
+   y = float(sum((P - P_zero)(v - v_zero))) * context_scale, then the quantizer */
+typedef struct {
+  int64_t batch, heads, rows, columns, width, value_width;
+  const uint8_t *q, *k, *v; /* [batch, rows, heads * width], [batch, columns, heads * width | value_width] */
+  int32_t q_zero_point, k_zero_point, v_zero_point;
+  float score_scale, context_scale;
+  mptqc_addend bias, mask;
+  mptqc_quantizer probability;
+  const mptqc_quantizer* quantizer; /* null: the output is float */
+  void* output; /* [batch, rows, heads * value_width] uint8 or float */
+} mptqc_attention;
+
+MPTQC_EXPORT int64_t mptqc_attention_tasks(const mptqc_attention* arguments);
+MPTQC_EXPORT mptqc_status mptqc_attention_run(mptqc_isa isa, const mptqc_attention* arguments, int64_t task);
+
+/* output[b, i, j, c, p, q] = quantizer(input[b, c, i * patch_height + p, j * patch_width + q]) */
+typedef struct {
+  int64_t batch, channels, height, width, patch_height, patch_width;
+  const float* input; /* [batch, channels, height, width] */
+  mptqc_quantizer quantizer;
+  uint8_t* output; /* [batch, height / patch_height, width / patch_width, channels * patch_height * patch_width] */
+} mptqc_patches;
+
+MPTQC_EXPORT int64_t mptqc_patches_tasks(const mptqc_patches* arguments);
+MPTQC_EXPORT mptqc_status mptqc_patches_run(mptqc_isa isa, const mptqc_patches* arguments, int64_t task);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,107 @@
+// What an operator sees of its node: attributes and constants when it is made, tensors and threads when it runs.
+// Errors are exceptions in here; register.cpp turns them into statuses at the boundary.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "abi.h"
+#include "mptqc_kernels.h"
+
+namespace mptqc::ort {
+
+struct Shape {
+  static constexpr size_t kMostAxes = 8;
+  size_t rank = 0;
+  int64_t size[kMostAxes] = {};
+
+  // The product of the sizes of axes first..end-1.
+  int64_t elements(size_t first, size_t end) const;
+  int64_t elements() const { return elements(0, rank); }
+  int64_t last() const { return size[rank - 1]; }
+  int64_t rows() const { return elements(0, rank - 1); }
+};
+
+std::string text(const Shape& shape);
+
+struct Tensor {
+  Shape shape;
+  void* data = nullptr;
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+// Throws std::invalid_argument(message) unless `holds`.
+inline void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+// Throws `what` and what `status` says, unless it is null.
+void check(Api api, Status* status, const std::string& what = "");
+
+// A node while its kernel is made.
+class Node {
+ public:
+  Node(Api api, const KernelInfo* info) : api_(api), info_(info) {}
+
+  std::string name() const;
+
+  // Attributes; none has a default, so that one of the wrong type is never overlooked.
+  float number(const std::string& attribute) const;
+  int64_t integer(const std::string& attribute) const;
+  int64_t integer(const std::string& attribute, int64_t least, int64_t most) const;
+  std::string string(const std::string& attribute) const;
+  mptqc_quantizer quantizer(const std::string& prefix) const;
+
+  bool has_input(size_t index) const;
+  // An input that must be an initializer, of `rank` axes.
+  Tensor constant(size_t index, const char* name, size_t rank) const;
+
+ private:
+  Api api_;
+  const KernelInfo* info_;
+};
+
+// A node while it runs.
+class Context {
+ public:
+  Context(Api api, KernelContext* context) : api_(api), context_(context) {}
+
+  // Of at least `rank` axes.
+  Tensor input(size_t index, const char* name, size_t rank) const;
+  bool has_input(size_t index) const { return value(index) != nullptr; }
+  void* output(const Shape& shape) const;
+
+  // Runs all tasks of an operator on the session's threads.
+  template <class Arguments>
+  void run(mptqc_isa isa, const Arguments& arguments, int64_t tasks,
+           mptqc_status (*run_task)(mptqc_isa, const Arguments*, int64_t)) const {
+    struct Work {
+      mptqc_isa isa;
+      const Arguments& arguments;
+      mptqc_status (*run_task)(mptqc_isa, const Arguments*, int64_t);
+      std::atomic<int> worst;
+    } work{isa, arguments, run_task, {MPTQC_OK}};
+    const auto run_one = [](void* user, size_t task) {
+      Work& shared = *static_cast<Work*>(user);
+      const mptqc_status status = shared.run_task(shared.isa, &shared.arguments, static_cast<int64_t>(task));
+      if (status != MPTQC_OK) shared.worst = status;
+    };
+    check(api_, api_.parallel_for(context_, run_one, static_cast<size_t>(tasks), &work));
+    if (work.worst == MPTQC_OUT_OF_MEMORY) throw std::bad_alloc();
+    require(work.worst == MPTQC_OK, "the kernel refused its sizes; they are beyond what docs/custom-ops.md allows");
+  }
+
+ private:
+  const Value* value(size_t index) const;
+
+  Api api_;
+  KernelContext* context_;
+};
+
+}  // namespace mptqc::ort

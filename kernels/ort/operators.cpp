@@ -1,0 +1,226 @@
+#include "operators.h"
+
+#include <cmath>
+
+namespace mptqc::ort {
+namespace {
+
+constexpr int64_t kBlockOutputs = MPTQC_BLOCK_OUTPUTS, kBlockInputs = MPTQC_BLOCK_INPUTS;
+
+// How a message names a tensor that does not fit.
+std::string found(const char* name, const Tensor& tensor) {
+  return std::string(name) + " has shape " + text(tensor.shape) + "; ";
+}
+
+void require_shape(bool holds, const char* name, const Tensor& tensor, const std::string& expected) {
+  if (!holds) throw std::invalid_argument(found(name, tensor) + expected);
+}
+
+std::vector<float> vector_of(const Node& node, size_t input, const char* name) {
+  const Tensor tensor = node.constant(input, name, 1);
+  return {tensor.as<float>(), tensor.as<float>() + tensor.shape.last()};
+}
+
+float positive(const Node& node, const std::string& attribute) {
+  const float value = node.number(attribute);
+  if (!(value > 0) || !std::isfinite(value)) throw std::invalid_argument(attribute + " must be above 0 and finite");
+  return value;
+}
+
+int32_t code(const Node& node, const std::string& attribute) {
+  return static_cast<int32_t>(node.integer(attribute, 0, 255));
+}
+
+}  // namespace
+
+RowTable::RowTable(const Node& node, size_t input) {
+  if (!node.has_input(input)) return;
+  const Tensor table = node.constant(input, "rows", 1);
+  rows_.assign(table.as<int64_t>(), table.as<int64_t>() + table.shape.last());
+  std::vector<bool> seen(rows_.size());
+  for (const int64_t row : rows_) {
+    require(row >= 0 && row < size() && !seen[row], "rows must be a permutation of 0 to its size - 1");
+    seen[row] = true;
+  }
+  require(!rows_.empty(), "rows is empty; leave the input out instead");
+}
+
+void RowTable::check_rows(int64_t rows) const {
+  if (size() > 0 && rows % size() != 0) {
+    throw std::invalid_argument("rows has " + std::to_string(size()) + " entries, which do not divide the " +
+                                std::to_string(rows) + " rows of the input");
+  }
+}
+
+LayerNormQuantize::LayerNormQuantize(const Node& node, mptqc_isa isa)
+    : isa_(isa),
+      epsilon_(positive(node, "epsilon")),
+      quantizer_(node.quantizer("output")),
+      gamma_(vector_of(node, 1, "gamma")),
+      beta_(vector_of(node, 2, "beta")),
+      table_(node, 3) {
+  require(gamma_.size() == beta_.size(), "gamma and beta differ in size");
+}
+
+void LayerNormQuantize::run(const Context& context) const {
+  const Tensor x = context.input(0, "X", 1);
+  const int64_t width = static_cast<int64_t>(gamma_.size());
+  require_shape(x.shape.last() == width, "X", x, "expected " + std::to_string(width) + " channels, as gamma has");
+  table_.check_rows(x.shape.rows());
+  const mptqc_layer_norm arguments = {
+      x.shape.rows(), width,         x.as<float>(),  gamma_.data(), beta_.data(),
+      epsilon_,       table_.size(), table_.data(),  quantizer_,    static_cast<uint8_t*>(context.output(x.shape))};
+  context.run(isa_, arguments, mptqc_layer_norm_tasks(&arguments), mptqc_layer_norm_run);
+}
+
+LinearBase::LinearBase(const Node& node, mptqc_isa isa)
+    : isa_(isa), scale_(vector_of(node, 2, "W_scale")), bias_(vector_of(node, 3, "bias")) {
+  const Tensor weight = node.constant(1, "W", 4);
+  const int64_t* shape = weight.shape.size;
+  outputs_ = static_cast<int64_t>(scale_.size());
+  groups_ = shape[1];
+  const int64_t blocks = (outputs_ + kBlockOutputs - 1) / kBlockOutputs;
+  require_shape(shape[0] == blocks && shape[2] == kBlockOutputs && shape[3] == kBlockInputs, "W", weight,
+                "expected [" + std::to_string(blocks) + ", K/4, 16, 4] for " + std::to_string(outputs_) + " outputs");
+  require(bias_.size() == scale_.size(), "bias and W_scale differ in size");
+
+  const std::string activation = node.string("activation");
+  require(activation == "none" || activation == "gelu", "activation must be none or gelu");
+  activation_ = activation == "gelu" ? MPTQC_GELU : MPTQC_NO_ACTIVATION;
+
+  const float input_scale = positive(node, "input_scale");
+  for (float& scale : scale_) scale *= input_scale;
+  const int64_t padded = (outputs_ + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
+  scale_.resize(padded);
+  bias_.resize(padded);
+  offset_.resize(padded);
+  mptqc_linear_offset(weight.as<int8_t>(), groups_ * kBlockInputs, outputs_, code(node, "input_zero_point"),
+                      offset_.data());
+}
+
+mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
+  const Tensor a = context.input(0, "A", 1);
+  const int64_t inputs = a.shape.last(), groups = (inputs + kBlockInputs - 1) / kBlockInputs;
+  require_shape(groups == groups_, "A", a, "its last axis does not fit W's " + std::to_string(groups_) + " groups of 4");
+  *shape = a.shape;
+  shape->size[shape->rank - 1] = outputs_;
+  mptqc_linear arguments = {};
+  arguments.rows = a.shape.rows();
+  arguments.inputs = inputs;
+  arguments.outputs = outputs_;
+  arguments.input = a.as<uint8_t>();
+  arguments.weight = context.input(1, "W", 4).as<int8_t>();
+  arguments.offset = offset_.data();
+  arguments.scale = scale_.data();
+  arguments.bias = bias_.data();
+  arguments.activation = activation_;
+  return arguments;
+}
+
+Linear::Linear(const Node& node, mptqc_isa isa) : LinearBase(node, isa), table_(node, 5) {}
+
+void Linear::run(const Context& context) const {
+  Shape shape;
+  mptqc_linear arguments = prepare(context, &shape);
+  if (context.has_input(4)) {
+    const Tensor residual = context.input(4, "residual", 1);
+    require_shape(residual.shape.last() == outputs_ && residual.shape.rows() == arguments.rows, "residual", residual,
+                  "the product has shape " + text(shape));
+    arguments.residual = residual.as<float>();
+    shape = residual.shape;
+  }
+  table_.check_rows(arguments.rows);
+  arguments.table_size = table_.size();
+  arguments.table = table_.data();
+  arguments.output = context.output(shape);
+  context.run(isa_, arguments, mptqc_linear_tasks(&arguments), mptqc_linear_run);
+}
+
+LinearQuantize::LinearQuantize(const Node& node, mptqc_isa isa)
+    : LinearBase(node, isa), quantizer_(node.quantizer("output")) {}
+
+void LinearQuantize::run(const Context& context) const {
+  Shape shape;
+  mptqc_linear arguments = prepare(context, &shape);
+  arguments.quantizer = &quantizer_;
+  arguments.output = context.output(shape);
+  context.run(isa_, arguments, mptqc_linear_tasks(&arguments), mptqc_linear_run);
+}
+
+AttentionBase::AttentionBase(const Node& node, mptqc_isa isa)
+    : isa_(isa),
+      heads_(node.integer("heads", 1, 65536)),
+      q_zero_point_(code(node, "q_zero_point")),
+      k_zero_point_(code(node, "k_zero_point")),
+      v_zero_point_(code(node, "v_zero_point")),
+      probability_(node.quantizer("p")),
+      score_scale_(positive(node, "q_scale") * positive(node, "k_scale")),
+      context_scale_(probability_.scale * positive(node, "v_scale")) {}
+
+void AttentionBase::run(const Context& context, const mptqc_quantizer* quantizer) const {
+  const Tensor q = context.input(0, "q", 3), k = context.input(1, "k", 3), v = context.input(2, "v", 3);
+  const int64_t batch = q.shape.size[0], rows = q.shape.size[1], columns = k.shape.size[1];
+  for (const Tensor& tensor : {q, k, v}) {
+    require_shape(tensor.shape.rank == 3 && tensor.shape.last() % heads_ == 0, "an operand", tensor,
+                  "expected [batch, tokens, a multiple of " + std::to_string(heads_) + " heads]");
+  }
+  require_shape(k.shape.size[0] == batch && k.shape.last() == q.shape.last(), "k", k, "q has " + text(q.shape));
+  require_shape(v.shape.size[0] == batch && v.shape.size[1] == columns, "v", v, "k has " + text(k.shape));
+
+  const auto addend = [&](size_t index, const char* name) -> mptqc_addend {
+    if (!context.has_input(index)) return {};
+    const Tensor added = context.input(index, name, 4);
+    const int64_t* size = added.shape.size;
+    require_shape(added.shape.rank == 4 && size[0] > 0 && batch % size[0] == 0 &&
+                      (size[1] == 1 || size[1] == heads_) && (size[2] == 1 || size[2] == rows) && size[3] == columns,
+                  name, added,
+                  "it does not broadcast to [" + std::to_string(batch) + ", " + std::to_string(heads_) + ", " +
+                      std::to_string(rows) + ", " + std::to_string(columns) + "]");
+    return {added.as<float>(), size[0], size[1], size[2]};
+  };
+  Shape shape = q.shape;
+  shape.size[2] = v.shape.last();
+  mptqc_attention arguments = {};
+  arguments.batch = batch;
+  arguments.heads = heads_;
+  arguments.rows = rows;
+  arguments.columns = columns;
+  arguments.width = q.shape.last() / heads_;
+  arguments.value_width = v.shape.last() / heads_;
+  arguments.q = q.as<uint8_t>();
+  arguments.k = k.as<uint8_t>();
+  arguments.v = v.as<uint8_t>();
+  arguments.q_zero_point = q_zero_point_;
+  arguments.k_zero_point = k_zero_point_;
+  arguments.v_zero_point = v_zero_point_;
+  arguments.score_scale = score_scale_;
+  arguments.context_scale = context_scale_;
+  arguments.bias = addend(3, "bias");
+  arguments.mask = addend(4, "mask");
+  arguments.probability = probability_;
+  arguments.quantizer = quantizer;
+  arguments.output = context.output(shape);
+  context.run(isa_, arguments, mptqc_attention_tasks(&arguments), mptqc_attention_run);
+}
+
+QuantizePatches::QuantizePatches(const Node& node, mptqc_isa isa)
+    : isa_(isa),
+      patch_height_(node.integer("patch_height", 1, INT32_MAX)),
+      patch_width_(node.integer("patch_width", 1, INT32_MAX)),
+      quantizer_(node.quantizer("output")) {}
+
+void QuantizePatches::run(const Context& context) const {
+  const Tensor x = context.input(0, "X", 4);
+  const int64_t* size = x.shape.size;
+  require_shape(x.shape.rank == 4 && size[2] % patch_height_ == 0 && size[3] % patch_width_ == 0, "X", x,
+                "expected [batch, channels, height, width] in whole patches of " + std::to_string(patch_height_) +
+                    " x " + std::to_string(patch_width_));
+  const Shape shape = {
+      4, {size[0], size[2] / patch_height_, size[3] / patch_width_, size[1] * patch_height_ * patch_width_}};
+  const mptqc_patches arguments = {size[0],       size[1],      size[2],       size[3],    patch_height_,
+                                   patch_width_,  x.as<float>(), quantizer_,
+                                   static_cast<uint8_t*>(context.output(shape))};
+  context.run(isa_, arguments, mptqc_patches_tasks(&arguments), mptqc_patches_run);
+}
+
+}  // namespace mptqc::ort

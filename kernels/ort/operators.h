@@ -1,0 +1,114 @@
+// The operators of docs/custom-ops.md: each is made from its node, then run any number of times, on any thread.
+#pragma once
+
+#include <vector>
+
+#include "node.h"
+
+namespace mptqc::ort {
+
+// A permutation of the rows of a group; empty: rows stay where they are.
+class RowTable {
+ public:
+  RowTable(const Node& node, size_t input);
+
+  int64_t size() const { return static_cast<int64_t>(rows_.size()); }
+  const int64_t* data() const { return rows_.empty() ? nullptr : rows_.data(); }
+  void check_rows(int64_t rows) const;
+
+ private:
+  std::vector<int64_t> rows_;
+};
+
+class LayerNormQuantize {
+ public:
+  LayerNormQuantize(const Node& node, mptqc_isa isa);
+  void run(const Context& context) const;
+
+ private:
+  mptqc_isa isa_;
+  float epsilon_;
+  mptqc_quantizer quantizer_;
+  std::vector<float> gamma_, beta_;
+  RowTable table_;
+};
+
+// Linear and LinearQuantize.
+class LinearBase {
+ public:
+  LinearBase(const Node& node, mptqc_isa isa);
+
+ protected:
+  // The arguments but for output and residual; `shape` becomes the product's.
+  mptqc_linear prepare(const Context& context, Shape* shape) const;
+
+  mptqc_isa isa_;
+  int32_t activation_;
+  int64_t outputs_, groups_;
+  std::vector<float> scale_, bias_;
+  std::vector<int32_t> offset_;
+};
+
+class Linear : LinearBase {
+ public:
+  Linear(const Node& node, mptqc_isa isa);
+  void run(const Context& context) const;
+
+ private:
+  RowTable table_;
+};
+
+class LinearQuantize : LinearBase {
+ public:
+  LinearQuantize(const Node& node, mptqc_isa isa);
+  void run(const Context& context) const;
+
+ private:
+  mptqc_quantizer quantizer_;
+};
+
+// Attention and AttentionQuantize.
+class AttentionBase {
+ public:
+  AttentionBase(const Node& node, mptqc_isa isa);
+
+ protected:
+  // Runs with the output's quantizer, or null for a float output.
+  void run(const Context& context, const mptqc_quantizer* quantizer) const;
+
+ private:
+  mptqc_isa isa_;
+  int64_t heads_;
+  int32_t q_zero_point_, k_zero_point_, v_zero_point_;
+  mptqc_quantizer probability_;
+  float score_scale_, context_scale_;
+};
+
+class Attention : AttentionBase {
+ public:
+  using AttentionBase::AttentionBase;
+  void run(const Context& context) const { AttentionBase::run(context, nullptr); }
+};
+
+class AttentionQuantize : AttentionBase {
+ public:
+  AttentionQuantize(const Node& node, mptqc_isa isa)
+      : AttentionBase(node, isa), quantizer_(node.quantizer("output")) {}
+  void run(const Context& context) const { AttentionBase::run(context, &quantizer_); }
+
+ private:
+  mptqc_quantizer quantizer_;
+};
+
+class QuantizePatches {
+ public:
+  QuantizePatches(const Node& node, mptqc_isa isa);
+  void run(const Context& context) const;
+
+ private:
+  mptqc_isa isa_;
+  int64_t patch_height_, patch_width_;
+  mptqc_quantizer quantizer_;
+};
+
+}  // namespace mptqc::ort

@@ -1,0 +1,145 @@
+// RegisterCustomOps, the entry point that ONNX Runtime calls, and the table of each operator.
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <string>
+
+#include "operators.h"
+
+namespace mptqc::ort {
+namespace {
+
+constexpr char kDomain[] = "ai.mptqc";
+
+// What ONNX Runtime is told of an operator: `required` of its `count` inputs must be there.
+struct Signature {
+  const char* name;
+  ElementType output;
+  size_t count, required;
+  ElementType inputs[6];
+};
+
+template <class Operator>
+constexpr Signature kSignature = {};
+template <>
+constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8, 4, 3, {kFloat, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<Linear> = {"Linear", kFloat, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<LinearQuantize> = {"LinearQuantize", kUint8, 4, 4, {kUint8, kInt8, kFloat, kFloat}};
+template <>
+constexpr Signature kSignature<Attention> = {"Attention", kFloat, 5, 3, {kUint8, kUint8, kUint8, kFloat, kFloat}};
+template <>
+constexpr Signature kSignature<AttentionQuantize> = {
+    "AttentionQuantize", kUint8, 5, 3, {kUint8, kUint8, kUint8, kFloat, kFloat}};
+template <>
+constexpr Signature kSignature<QuantizePatches> = {"QuantizePatches", kUint8, 1, 1, {kFloat}};
+
+// Runs `work`; what it throws becomes a status that begins with `where`.
+template <class Work>
+Status* guarded(Api api, const std::string& where, const Work& work) noexcept {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::invalid_argument& error) {
+    return api.create_status(kInvalidArgument, (where + error.what()).c_str());
+  } catch (const std::exception& error) {
+    return api.create_status(kFail, (where + error.what()).c_str());
+  }
+}
+
+// The implementation that MPTQC_ISA names, or the best one.
+mptqc_isa chosen_isa() {
+  const char* name = std::getenv("MPTQC_ISA");
+  mptqc_isa isa;
+  if (mptqc_choose_isa(name, &isa) != MPTQC_OK) {
+    throw std::invalid_argument("MPTQC_ISA is \"" + std::string(name) + "\", which this processor or build lacks");
+  }
+  return isa;
+}
+
+template <class Operator>
+struct Kernel {
+  Api api;
+  Operator op;
+
+  static Status* create(const CustomOp*, FunctionTable table, const KernelInfo* info, void** kernel) {
+    const Api api(table);
+    return guarded(api, "", [&] {
+      const Node node(api, info);
+      try {
+        *kernel = new Kernel{api, Operator(node, chosen_isa())};
+      } catch (const std::invalid_argument& error) {
+        throw std::invalid_argument("ai.mptqc " + std::string(kSignature<Operator>.name) + " " + node.name() + ": " +
+                                    error.what());
+      }
+    });
+  }
+
+  static Status* compute(void* kernel, KernelContext* context) {
+    const Kernel& self = *static_cast<const Kernel*>(kernel);
+    return guarded(self.api, "ai.mptqc: ", [&] { self.op.run(Context(self.api, context)); });
+  }
+
+  static void destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
+
+  static const CustomOp* record() {
+    static const CustomOp op = [] {
+      CustomOp fields = {};
+      fields.version = kApiVersion;
+      fields.name = [](const CustomOp*) { return kSignature<Operator>.name; };
+      fields.provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
+      fields.input_count = [](const CustomOp*) { return kSignature<Operator>.count; };
+      fields.input_type = [](const CustomOp*, size_t index) { return int{kSignature<Operator>.inputs[index]}; };
+      fields.input_characteristic = [](const CustomOp*, size_t index) {
+        return int{index < kSignature<Operator>.required ? kRequired : kOptional};
+      };
+      fields.input_memory = [](const CustomOp*, size_t) { return kDefaultMemory; };
+      fields.output_count = [](const CustomOp*) { return size_t{1}; };
+      fields.output_type = [](const CustomOp*, size_t) { return int{kSignature<Operator>.output}; };
+      fields.output_characteristic = [](const CustomOp*, size_t) { return int{kRequired}; };
+      fields.create_kernel = create;
+      fields.compute = compute;
+      fields.destroy = destroy;
+      fields.start_version = [](const CustomOp*) { return 1; };
+      fields.end_version = [](const CustomOp*) { return 1; };
+      return fields;
+    }();
+    return &op;
+  }
+};
+
+// The domain is made once and belongs to the process: ONNX Runtime keeps pointers to it and to the operators.
+Domain* domain(Api api) {
+  static std::mutex mutex;
+  static Domain* made = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (made == nullptr) {
+    Domain* fresh = nullptr;
+    check(api, api.create_domain(kDomain, &fresh));
+    for (const CustomOp* op : {Kernel<LayerNormQuantize>::record(), Kernel<Linear>::record(),
+                               Kernel<LinearQuantize>::record(), Kernel<Attention>::record(),
+                               Kernel<AttentionQuantize>::record(), Kernel<QuantizePatches>::record()}) {
+      check(api, api.add_operator(fresh, op));
+    }
+    made = fresh;
+  }
+  return made;
+}
+
+}  // namespace
+}  // namespace mptqc::ort
+
+extern "C" MPTQC_EXPORT mptqc::ort::Status* RegisterCustomOps(
+    mptqc::ort::SessionOptions* options, const mptqc::ort::ApiBase* base) {
+  using namespace mptqc::ort;
+  const FunctionTable table = base->get_api(kApiVersion);
+  if (table == nullptr) {
+    return Api(base->get_api(1)).create_status(kFail, "the kernel library needs ONNX Runtime 1.17 or newer");
+  }
+  const Api api(table);
+  return guarded(api, "ai.mptqc: ", [&] {
+    chosen_isa();
+    check(api, api.add_domain(options, domain(api)));
+  });
+}

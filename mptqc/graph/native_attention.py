@@ -1,0 +1,152 @@
+"""Which attentions `Attention` and `AttentionQuantize` of `ai.mptqc` can take the place of; finding never edits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mptqc.errors import RefusalError
+from mptqc.graph.batch_shapes import Batches, divisors
+from mptqc.graph.edit import constant_of, is_op, only_consumer
+from mptqc.graph.integer_products import IntegerProduct
+from mptqc.graph.layout import Reader, readers, trace
+from mptqc.graph.quantizer_match import FoundQuantizer, match_quantizer, quantizers_of
+from mptqc.reference.custom_ops import MOST_TERMS
+
+# Movement that keeps the order of the elements.
+_RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+_MOST_ADDITIONS = 2
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Both products of an attention, from the codes of q, k and v to `targets`, where the heads lie side by side.
+
+    `added` are what is added to the scores, [W, 1 or H, 1 or T, S] each; `output` quantizes the context, if all
+    that reads it is quantized alike.
+    """
+
+    scores: IntegerProduct
+    context: IntegerProduct
+    heads: int
+    q: FoundQuantizer
+    k: FoundQuantizer
+    v: FoundQuantizer
+    p: FoundQuantizer
+    added: tuple[NDArray[np.float32], ...]
+    output: FoundQuantizer | None
+    targets: tuple[ir.Value, ...]
+
+
+def match_attention(scores: IntegerProduct, context: IntegerProduct, shapes: Batches) -> AttentionPattern:
+    """Read the attention around two products.
+
+    Raises:
+        RefusalError: it is not what the operator computes.
+    """
+    shape = shapes.of(scores.output)
+    if len(shape) != 4 or (shapes.target(scores.output)[1:] == -1).any():
+        raise RefusalError(f"its scores have shape {shape}, not [batch, heads, tokens, tokens]")
+    if max(shape[3], shapes.of(scores.left)[3]) > MOST_TERMS:
+        raise RefusalError(f"it sums more than {MOST_TERMS} products")
+    added, softmax = _score_path(scores, shapes)
+    quantizers = quantizers_of(softmax.outputs[0])
+    if quantizers is None or len(quantizers) != 1 or shapes.of(softmax.outputs[0]) != shape:
+        raise RefusalError(f"{softmax.name} is not read by one quantizer alone")
+    p = quantizers[0]
+    if p.signed or context.left is not p.codes or only_consumer(p.codes) is not context.node:
+        raise RefusalError(f"the codes of {softmax.name} are not read by the product with v alone")
+    if not p.agrees(context.left_scale, context.left_zero):
+        raise RefusalError(f"the product with v does not take the codes of {softmax.name} as they are made")
+    q = _operand("q", scores.left, (0, 2, 1, 3), shapes)
+    k = _operand("k", scores.right, (0, 3, 1, 2), shapes)
+    v = _operand("v", context.right, (0, 2, 1, 3), shapes)
+    for letter, found, scale, zero_point in (
+        ("q", q, scores.left_scale, scores.left_zero),
+        ("k", k, scores.right_scale, scores.right_zero),
+        ("v", v, context.right_scale, context.right_zero),
+    ):
+        if not found.agrees(scale, zero_point):
+            raise RefusalError(f"its product does not take the codes of {letter} as they are made")
+    output, targets = _joined_heads(context.output, shapes)
+    return AttentionPattern(scores, context, shape[1], q, k, v, p, added, output, targets)
+
+
+def _score_path(scores: IntegerProduct, shapes: Batches) -> tuple[tuple[NDArray[np.float32], ...], ir.Node]:
+    """What is added to the scores, in order, and the Softmax that reads them."""
+    added: list[NDArray[np.float32]] = []
+    value = scores.output
+    while True:
+        node = only_consumer(value)
+        if node is None:
+            raise RefusalError(f"{value.name}, on the way to its softmax, has another reader")
+        if is_op(node, "Softmax"):
+            break
+        if is_op(node, "Add"):
+            other = constant_of(node.inputs[1] if node.inputs[0] is value else node.inputs[0])
+            if other is None or shapes.of(node.outputs[0]) != shapes.of(value) or len(added) == _MOST_ADDITIONS:
+                raise RefusalError(f"Add {node.name} adds something to its scores that is computed, or a third thing")
+            added.append(_window_bias(other, shapes.of(value), scores.output, shapes))
+        elif not is_op(node, *_RESHAPES):
+            raise RefusalError(f"{node.op_type} {node.name} lies between its scores and their softmax")
+        value = node.outputs[0]
+    if node.attributes.get_int("axis", -1) != -1:
+        raise RefusalError(f"{node.name} is not over the last axis")
+    return tuple(added), node
+
+
+def _window_bias(
+    constant: NDArray[np.generic], shape: tuple[int, ...], scores: ir.Value, shapes: Batches
+) -> NDArray[np.float32]:
+    """What is added to scores [B, H, T, S] while they have `shape`, as [W, 1 or H, 1 or T, S] with W dividing B."""
+    whole = np.broadcast_to(constant.astype(np.float32, copy=False), shape).reshape(shapes.of(scores))
+    for windows in divisors(shapes.one[str(scores.name)][0]):
+        if np.array_equal(whole.reshape(-1, windows, *whole.shape[1:]), _repeated(whole[:windows], whole)):
+            break
+    else:
+        raise RefusalError(f"what is added to {scores.name} differs from image to image")
+    kept = whole[:windows]
+    for axis in (1, 2):
+        first = kept.take([0], axis)
+        if np.array_equal(np.broadcast_to(first, kept.shape), kept):
+            kept = first
+    return np.ascontiguousarray(kept)
+
+
+def _repeated(part: NDArray[np.float32], whole: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.broadcast_to(part, (len(whole) // len(part), *part.shape))
+
+
+def _operand(letter: str, value: ir.Value, to_rows: tuple[int, ...], shapes: Batches) -> FoundQuantizer:
+    """The quantizer of an operand whose heads lie side by side: [B, H, T, d] (`to_rows` of it) of [B·T, H·d]."""
+    moved = trace(value, shapes.two)
+    found = match_quantizer(moved.source)
+    if found is None:
+        raise RefusalError(f"{letter} is moved in a way that cannot be followed to its quantizer")
+    index = moved.index.transpose(to_rows).reshape(-1) if moved.index.ndim == 4 else np.zeros(0)
+    size = int(np.prod(shapes.of(moved.source)))
+    if not np.array_equal(index, np.arange(size)):
+        raise RefusalError(f"the heads of {letter} do not lie side by side in {moved.source.name}")
+    if found.signed and found.quantizer.m:
+        raise RefusalError(f"{letter} has a two-region quantizer in an int8 container")
+    return found
+
+
+def _joined_heads(context: ir.Value, shapes: Batches) -> tuple[FoundQuantizer | None, tuple[ir.Value, ...]]:
+    """The quantizer that alone reads the context, if there is one, and where its heads have come side by side."""
+    quantizers = quantizers_of(context)
+    one = quantizers[0] if quantizers is not None and len(quantizers) == 1 else None
+    output = None if one is None or one.signed else one
+    read = readers(context if output is None else output.codes, shapes.two)
+    batch, heads, tokens, size = shapes.of(context)
+    straight = np.arange(batch * heads * tokens * size).reshape(batch, heads, tokens, size).transpose(0, 2, 1, 3)
+    for reader in read:
+        if reader.node is None or not np.array_equal(reader.trace.index.reshape(-1), straight.reshape(-1)):
+            raise RefusalError(f"its heads are not side by side where {_named(reader)} reads them")
+        shapes.target(reader.value)
+    return output, tuple(dict.fromkeys(reader.value for reader in read))
+
+
+def _named(reader: Reader) -> str:
+    return "the model's output" if reader.node is None else f"{reader.node.op_type} {reader.node.name}"

@@ -1,0 +1,67 @@
+"""Integer weights read back from a compiled file: int8, or bit planes and what widens them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mptqc.errors import VerifyError
+from mptqc.graph.edit import constant_of, is_op, producer
+from mptqc.reference.packing import MAX_BITS
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A Linear's weight as the file holds it: codes int8, bits and bytes of the initializers they come from."""
+
+    codes: NDArray[np.int8]
+    bits: int
+    stored_bytes: int
+
+
+def read_weight(value: ir.Value | None, site: str) -> StoredWeight:
+    """The codes that `value` holds or is widened to, of its shape.
+
+    Raises:
+        VerifyError: the weight is computed in a way that mptqc does not write.
+    """
+    plain = constant_of(value)
+    if plain is not None:
+        return StoredWeight(plain.astype(np.int8, copy=False), MAX_BITS, plain.nbytes)
+    last = _producer(value)
+    while is_op(last, "Add") and last is not None:
+        last = _producer(last.inputs[1])
+    shape = constant_of(last.inputs[1]) if is_op(last, "Reshape") and last is not None else None
+    if shape is None:
+        raise VerifyError(f"{site}: its weight is neither int8 nor packed as mptqc packs it; compile again")
+    gathers, frontier = [], [value]
+    while frontier:
+        node = _producer(frontier.pop())
+        if is_op(node, "Add") and node is not None:
+            frontier.extend(node.inputs)
+        elif is_op(node, "Reshape", "Slice") and node is not None:
+            frontier.append(node.inputs[0])
+        elif is_op(node, "Gather") and node is not None:
+            gathers.append(node)
+    return _unpacked(site, gathers, tuple(int(size) for size in shape))
+
+
+def _unpacked(site: str, gathers: list[ir.Node], shape: tuple[int, ...]) -> StoredWeight:
+    size = int(np.prod(shape))
+    total = np.zeros(size, np.int8)
+    bits = stored_bytes = 0
+    for gather in gathers:
+        table = constant_of(gather.inputs[0])
+        cast = producer(gather.inputs[1], "Cast")
+        plane = constant_of(cast.inputs[0]) if cast is not None else None
+        if table is None or plane is None:
+            raise VerifyError(f"{site}: its packed weight is not read from a table by constant bytes; compile again")
+        total += table.astype(np.int8)[plane].reshape(-1)[:size]
+        bits += 8 // table.shape[1]
+        stored_bytes += plane.nbytes
+    return StoredWeight(total.reshape(shape), bits, stored_bytes)
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()

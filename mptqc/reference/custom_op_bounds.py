@@ -1,0 +1,121 @@
+"""Which outputs of an operator of `ai.mptqc` are right: bounds that follow from the tolerances of `custom_ops`.
+
+Integer sums, scaling and quantizers are exact and monotone, so a tolerance of a float function becomes a pair of bounds
+on what follows it. Where no code is near a rounding boundary the two are equal.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mptqc.reference.custom_ops import (
+    GELU_TOLERANCE,
+    LAYER_NORM_TOLERANCE,
+    SOFTMAX_TOLERANCE,
+    AttentionScales,
+    CodeQuantizer,
+    attention_probabilities,
+    context_sums,
+    gelu,
+    layer_norm,
+    linear,
+    patches,
+    quantize_codes,
+    unblock_weight,
+)
+
+Array: TypeAlias = NDArray[Any]
+Attributes: TypeAlias = Mapping[str, Any]
+Bounds: TypeAlias = tuple[Array, Array]
+
+SMALLEST_PROBABILITY = 2.0**-20
+
+
+def output_bounds(
+    op_type: str, attributes: Attributes, inputs: Sequence[Array | None], *, slack: float = 1.0
+) -> Bounds:
+    """The least and greatest right output of one operator, inputs as the operator takes them.
+
+    Args:
+        op_type: an operator of docs/custom-ops.md.
+        attributes: all its attributes.
+        inputs: None for an absent one; those at the end may be left off.
+        slack: what the tolerances are multiplied by; 0 gives the reference's own output twice.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    match op_type:
+        case "LayerNormQuantize":
+            return _quantized(_layer_norm(attributes, inputs, slack), attributes)
+        case "Linear":
+            return _linear(attributes, inputs, slack)
+        case "LinearQuantize":
+            return _quantized(_linear(attributes, inputs, slack), attributes)
+        case "Attention":
+            return _attention(attributes, inputs, slack)
+        case "AttentionQuantize":
+            return _quantized(_attention(attributes, inputs, slack), attributes)
+        case "QuantizePatches":
+            cut = patches(_padded(inputs, 1)[0], int(attributes["patch_height"]), int(attributes["patch_width"]))
+            return _quantized((cut, cut), attributes)
+        case _:
+            raise ValueError(f"ai.mptqc has no operator {op_type}")
+
+
+def quantizer_of(attributes: Attributes, prefix: str) -> CodeQuantizer:
+    """The quantizer that six attributes describe."""
+    return CodeQuantizer(**{field.name: attributes[f"{prefix}_{field.name}"] for field in fields(CodeQuantizer)})
+
+
+def _quantized(bounds: Bounds, attributes: Attributes) -> Bounds:
+    quantizer = quantizer_of(attributes, "output")
+    low, high = (quantize_codes(quantizer, bound) for bound in bounds)
+    return low, high
+
+
+def _layer_norm(attributes: Attributes, inputs: Sequence[Array | None], slack: float) -> Bounds:
+    x, gamma, beta, rows = _padded(inputs, 4)
+    epsilon = float(attributes["epsilon"])
+    y = layer_norm(x, gamma, beta, epsilon, rows)
+    scaled = layer_norm(x, gamma, np.zeros_like(beta), epsilon, rows)
+    size = (np.abs(scaled) + np.abs(beta)).max(axis=-1, keepdims=True, initial=0)
+    return y - slack * LAYER_NORM_TOLERANCE * size, y + slack * LAYER_NORM_TOLERANCE * size
+
+
+def _linear(attributes: Attributes, inputs: Sequence[Array | None], slack: float) -> Bounds:
+    a, blocks, weight_scale, bias, residual, rows = _padded(inputs, 6)
+    weight = unblock_weight(blocks, a.shape[-1], weight_scale.size)
+    scales = {"input_scale": attributes["input_scale"], "input_zero_point": int(attributes["input_zero_point"])}
+    x = linear(a, weight, weight_scale, bias, **scales, rows=rows)
+    low: Array = x
+    high: Array = x
+    if attributes["activation"] == "gelu":
+        y, error = gelu(x), slack * GELU_TOLERANCE * np.maximum(1, np.abs(x))
+        low, high = y - error, y + error
+    if residual is not None:
+        low, high = low.reshape(residual.shape) + residual, high.reshape(residual.shape) + residual
+    return low.astype(np.float32), high.astype(np.float32)
+
+
+def _attention(attributes: Attributes, inputs: Sequence[Array | None], slack: float) -> Bounds:
+    q, k, v, bias, mask = _padded(inputs, 5)
+    scales = AttentionScales(**{field.name: attributes[field.name] for field in fields(AttentionScales)})
+    quantizer = quantizer_of(attributes, "p")
+    p = attention_probabilities(q, k, int(attributes["heads"]), scales, bias, mask)
+    error = slack * SOFTMAX_TOLERANCE * np.maximum(p, SMALLEST_PROBABILITY)
+    bounds: Bounds = (p - error, p + error)
+    low, high = (quantize_codes(quantizer, bound).astype(np.float64) - quantizer.zero_point for bound in bounds)
+    value = v.astype(np.float64) - scales.v_zero_point
+    up, down = np.maximum(value, 0), np.minimum(value, 0)
+    scale = np.float32(quantizer.scale) * np.float32(scales.v_scale)
+    sums = (context_sums(low, up) + context_sums(high, down), context_sums(high, up) + context_sums(low, down))
+    return sums[0].astype(np.float32) * scale, sums[1].astype(np.float32) * scale
+
+
+def _padded(inputs: Sequence[Array | None], count: int) -> list[Any]:
+    """The inputs, those left off at the end as None."""
+    return [*inputs, *[None] * (count - len(inputs))]

@@ -1,0 +1,224 @@
+"""What each operator of the domain `ai.mptqc` means, in numpy; docs/custom-ops.md is the same in words.
+
+Codes are uint8 everywhere: x̂ = (code − zero_point)·scale. Integer sums are exact. An operator that writes codes is the
+float function here and then `quantize_codes`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mptqc.plan import ActivationQuantizer, TwoRegion
+
+Number = TypeVar("Number", bound=np.generic)
+
+DOMAIN = "ai.mptqc"
+DOMAIN_VERSION = 1
+
+BLOCK_OUTPUTS, BLOCK_INPUTS = 16, 4
+"""Sides of one block of a stored weight: 16 outputs times 4 inputs, one 64-byte vector."""
+
+MOST_TERMS = 32768
+"""The operators sum at most so many products of codes in 32 bits."""
+
+ACTIVATIONS = ("none", "gelu")
+
+# How far an implementation's float may lie from the exact value, before it is quantized. Each is several times what the
+# polynomials and the order of float32 sums can cost; a code step is never that small.
+LAYER_NORM_TOLERANCE = 2.0**-17
+"""Relative to the largest |γ·(x − mean)/σ| + |β| of the row."""
+GELU_TOLERANCE = 2.0**-19
+"""Relative to max(1, |x|)."""
+SOFTMAX_TOLERANCE = 2.0**-18
+"""Relative to max(p, 2^−20): a larger p has a score within 14 of the row's largest, which float32 rounds to 2^−20."""
+
+
+@dataclass(frozen=True)
+class CodeQuantizer:
+    """The attributes `<prefix>_scale, _zero_point, _minimum, _maximum, _m, _split` of an operator.
+
+    m = 0    code = clip(zero_point + round(x/Δ), minimum, maximum)
+    m > 0    code = zero_point + clip(round(x/Δ), minimum − zero_point, split)
+                    + 2^m·(clip(round(x/(2^m·Δ)), j, j + n2) − j),
+             j = split/2^m, n2 = (maximum − zero_point − split)/2^m
+    """
+
+    scale: float
+    zero_point: int
+    minimum: int = 0
+    maximum: int = 255
+    m: int = 0
+    split: int = 0
+
+    def attributes(self, prefix: str) -> dict[str, float | int]:
+        """The ONNX attributes, by name."""
+        return {f"{prefix}_{name}": value for name, value in vars(self).items()}
+
+
+def code_quantizer(quantizer: ActivationQuantizer) -> CodeQuantizer:
+    """The quantizer of a plan as an operator's attributes: the same codes as `reference.quantizers.quantize`."""
+    if isinstance(quantizer, TwoRegion):
+        return CodeQuantizer(quantizer.scale, quantizer.zero_point, 0, quantizer.top_code, quantizer.m, quantizer.split)
+    return CodeQuantizer(quantizer.scale, quantizer.zero_point, 0, 2**quantizer.bits - 1)
+
+
+def quantize_codes(quantizer: CodeQuantizer, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Codes of x, uint8, x's shape. Division is float32, rounding to nearest, ties to even."""
+    zero_point, coarse = quantizer.zero_point, 2**quantizer.m
+    low_limit, high_limit = quantizer.minimum - zero_point, quantizer.maximum - zero_point
+    if quantizer.m == 0:
+        uniform: NDArray[np.float32] = np.clip(_round(x, quantizer.scale), low_limit, high_limit) + zero_point
+        return uniform.astype(np.uint8)
+    first, last = quantizer.split // coarse, quantizer.split // coarse + (high_limit - quantizer.split) // coarse
+    low = np.clip(_round(x, quantizer.scale), low_limit, quantizer.split)
+    high = np.clip(_round(x, quantizer.scale * coarse), first, last) - first
+    codes: NDArray[np.float32] = low + coarse * high + zero_point
+    return codes.astype(np.uint8)
+
+
+def _round(x: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    rounded: NDArray[np.float32] = np.rint(x.astype(np.float32) / np.float32(scale))
+    return rounded
+
+
+def block_weight(codes: NDArray[np.int8]) -> NDArray[np.int8]:
+    """W [K, N] as the operators read it: [⌈N/16⌉, ⌈K/4⌉, 16, 4], block[n, k, i, j] = W[4k + j, 16n + i], 0 beyond."""
+    inputs, outputs = codes.shape
+    padded = np.pad(codes, ((0, -inputs % BLOCK_INPUTS), (0, -outputs % BLOCK_OUTPUTS)))
+    rows, columns = padded.shape[0] // BLOCK_INPUTS, padded.shape[1] // BLOCK_OUTPUTS
+    split = padded.reshape(rows, BLOCK_INPUTS, columns, BLOCK_OUTPUTS)
+    return np.ascontiguousarray(split.transpose(2, 0, 3, 1))
+
+
+def unblock_weight(blocks: NDArray[np.int8], inputs: int, outputs: int) -> NDArray[np.int8]:
+    """W [K, N] of a blocked weight."""
+    columns, rows = blocks.shape[:2]
+    joined = blocks.transpose(1, 3, 0, 2).reshape(rows * BLOCK_INPUTS, columns * BLOCK_OUTPUTS)
+    return np.ascontiguousarray(joined[:inputs, :outputs])
+
+
+def layer_norm(
+    x: NDArray[np.float32],
+    gamma: NDArray[np.float32],
+    beta: NDArray[np.float32],
+    epsilon: float,
+    rows: NDArray[np.int64] | None = None,
+) -> NDArray[np.float32]:
+    """γ·(x − mean)/√(variance + ε) + β over the last axis; float32, x's shape.
+
+    `rows` [R]: row r of each group of R rows is made from row rows[r] of that group.
+    """
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(epsilon))
+    y = (normal * gamma + beta).astype(np.float32)
+    return y if rows is None else _grouped(y, rows)[:, rows].reshape(y.shape)
+
+
+def linear(
+    a: NDArray[np.uint8],
+    weight: NDArray[np.int8],
+    weight_scale: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    *,
+    input_scale: float,
+    input_zero_point: int,
+    activation: str = "none",
+    residual: NDArray[np.float32] | None = None,
+    rows: NDArray[np.int64] | None = None,
+) -> NDArray[np.float32]:
+    """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (+ residual), in that order, each step rounded to float32.
+
+    a [.., K], weight [K, N] (not blocked), weight_scale and bias [N]; float32, the residual's shape or [.., N].
+    `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
+    """
+    accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
+    y = accumulator.astype(np.float32) * (np.float32(input_scale) * weight_scale) + bias
+    if activation == "gelu":
+        y = gelu(y)
+    if rows is not None:
+        inverse = np.empty_like(rows)
+        inverse[rows] = np.arange(rows.size)
+        y = _grouped(y, rows)[:, inverse].reshape(y.shape)
+    return y if residual is None else y.reshape(residual.shape) + residual
+
+
+def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """x/2·(1 + erf(x/√2)), float32."""
+    wide = x.astype(np.float64)
+    error_function = np.array([math.erf(z) for z in (wide / math.sqrt(2)).flat]).reshape(x.shape)
+    y: NDArray[np.float32] = (wide / 2 * (1 + error_function)).astype(np.float32)
+    return y
+
+
+@dataclass(frozen=True)
+class AttentionScales:
+    """Scale and zero point of the codes that an attention reads."""
+
+    q_scale: float
+    q_zero_point: int
+    k_scale: float
+    k_zero_point: int
+    v_scale: float
+    v_zero_point: int
+
+
+def attention_probabilities(
+    q: NDArray[np.uint8],
+    k: NDArray[np.uint8],
+    heads: int,
+    scales: AttentionScales,
+    bias: NDArray[np.float32] | None = None,
+    mask: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """softmax(Σ (q − z_q)(k − z_k) · (Δ_q·Δ_k) (+ bias) (+ mask)): q [B, T, H·d], k [B, S, H·d]; [B, H, T, S] float32.
+
+    bias and mask are [W, 1 or H, 1 or T, S]; batch entry b takes entry b mod W.
+    """
+    query = _by_head(q, heads).astype(np.float64) - scales.q_zero_point
+    key = _by_head(k, heads).astype(np.float64) - scales.k_zero_point
+    accumulator = query @ key.swapaxes(-1, -2)
+    scores = accumulator.astype(np.float32) * (np.float32(scales.q_scale) * np.float32(scales.k_scale))
+    for added in (bias, mask):
+        if added is not None:
+            scores = scores + added[np.arange(q.shape[0]) % added.shape[0]]
+    wide = scores.astype(np.float64)
+    powers = np.exp(wide - wide.max(-1, keepdims=True))
+    probabilities: NDArray[np.float32] = (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
+    return probabilities
+
+
+def attention_context(
+    p: NDArray[np.uint8], p_quantizer: CodeQuantizer, v: NDArray[np.uint8], scales: AttentionScales
+) -> NDArray[np.float32]:
+    """Σ (p − z_p)(v − z_v) · (Δ_p·Δ_v): p [B, H, T, S], v [B, S, H·e]; [B, T, H·e] float32."""
+    sums = context_sums(p.astype(np.float64) - p_quantizer.zero_point, v.astype(np.float64) - scales.v_zero_point)
+    y: NDArray[np.float32] = sums.astype(np.float32) * (np.float32(p_quantizer.scale) * np.float32(scales.v_scale))
+    return y
+
+
+def context_sums(p: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Σ p·v by head, of whole numbers and exact: p [B, H, T, S], v [B, S, H·e]; [B, T, H·e]."""
+    batch, heads, rows, _ = p.shape
+    total = p @ _by_head(v, heads)
+    return np.ascontiguousarray(total.swapaxes(1, 2).reshape(batch, rows, v.shape[2]))
+
+
+def patches(x: NDArray[Number], patch_height: int, patch_width: int) -> NDArray[Number]:
+    """Disjoint patches of images x [B, C, h·P, w·Q]: [B, h, w, C·P·Q], channels slowest, columns fastest."""
+    batch, channels, height, width = x.shape
+    rows, columns, size = height // patch_height, width // patch_width, channels * patch_height * patch_width
+    split = x.reshape(batch, channels, rows, patch_height, columns, patch_width)
+    return np.ascontiguousarray(split.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, size))
+
+
+def _by_head(x: NDArray[Number], heads: int) -> NDArray[Number]:
+    """[B, T, H·d] -> [B, H, T, d]."""
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
+
+
+def _grouped(y: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    return y.reshape(math.prod(y.shape[:-1]) // rows.size, rows.size, y.shape[-1])

@@ -1,0 +1,232 @@
+"""Write a quantized model with the fused operators of the kernel library (docs/custom-ops.md).
+
+    quantizers -> scores -> (+ bias) -> Softmax -> quantizer -> context (-> quantizer)  =>  Attention(Quantize)
+    LayerNormalization -> quantizer -> movement of rows                                 =>  LayerNormQuantize
+    quantizer -> unfolded patches                                                       =>  QuantizePatches
+    integer product -> Gelu -> quantizer, or -> movement of rows -> Add(residual)       =>  Linear(Quantize)
+
+Each is found in the graph that the one before leaves. What an operator cannot express keeps its portable form, and the
+model's metadata says why (`lowering_report`). A second run is refused by its stage.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from mptqc.errors import RefusalError
+from mptqc.graph.batch_shapes import Batches
+from mptqc.graph.edit import AttributeValue, Builder, remove_dead
+from mptqc.graph.emission import WEIGHT_BITS_KEY
+from mptqc.graph.integer_products import IntegerProduct, find_integer_products, stored_weight
+from mptqc.graph.layout import Shapes
+from mptqc.graph.match import Norm, find_norms
+from mptqc.graph.native_attention import AttentionPattern, match_attention
+from mptqc.graph.native_nodes import WEIGHT_INPUTS_KEY, Lowering, emit_blocks, emit_native, record_lowering, take_place
+from mptqc.graph.native_patterns import (
+    LinearPattern,
+    NormPattern,
+    PatchesPattern,
+    match_linear,
+    match_norm,
+    match_patches,
+)
+from mptqc.graph.quantizer_match import FoundQuantizer, emit_unsigned
+from mptqc.passes.base import Pass, PassResult, Stage
+from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION
+
+Candidate = TypeVar("Candidate")
+Pattern = TypeVar("Pattern")
+
+
+@dataclass(frozen=True)
+class LowerToNative(Pass):
+    """Replace what the operators of `ai.mptqc` express.
+
+    Attributes:
+        one: the shape of every value at batch 1 (or at the model's own batch).
+        two: the same at batch 2, at which it is seen that no row moves from image to image.
+    """
+
+    name: ClassVar[str] = "lower-to-native"
+    requires: ClassVar[tuple[Stage, ...]] = (Stage.QUANTIZED,)
+    ensures: ClassVar[Stage | None] = Stage.LOWERED
+    one: Shapes
+    two: Shapes
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Lower attentions, norms, patches and Linears, in this order.
+
+        Raises:
+            VerifyError: an integer product is not in the form that the quantize passes write.
+        """
+        shapes = Batches(self.one, self.two)
+        refused: list[Lowering] = []
+        claimed: set[ir.Node] = set()
+        attentions = _matches("Attention", _attentions(model), lambda pair: match_attention(*pair, shapes), refused)
+        for attention in attentions:
+            _lower_attention(attention, shapes)
+        remove_dead(model)  # the int8 quantizers of k and v, which else would be further readers of their Linears
+        norms = _matches("LayerNormQuantize", _norms(model), lambda norm: match_norm(norm, shapes), refused)
+        for norm in norms:
+            _lower_norm(norm, shapes)
+        patches = _matches("QuantizePatches", _linears(model), lambda linear: match_patches(linear, shapes), refused)
+        for each in patches:
+            _lower_patches(each, shapes)
+        linears = _matches("Linear", _linears(model), lambda linear: match_linear(linear, shapes, claimed), refused)
+        for linear in linears:
+            _lower_linear(linear)
+        remove_dead(model)
+        record_lowering(model, refused)
+        edits = len(attentions) + len(norms) + len(patches) + len(linears)
+        if edits:
+            model.opset_imports[DOMAIN] = DOMAIN_VERSION
+        return PassResult(model, edits)
+
+
+def _matches(
+    op: str,
+    candidates: Iterable[tuple[str, Candidate]],
+    match: Callable[[Candidate], Pattern | None],
+    refused: list[Lowering],
+) -> list[Pattern]:
+    """What matched of the candidates (site, …); what was refused is appended to the report."""
+    found = []
+    for site, candidate in candidates:
+        try:
+            pattern = match(candidate)
+        except RefusalError as refusal:
+            refused.append(Lowering(site, op, str(refusal)))
+            continue
+        if pattern is not None:
+            found.append(pattern)
+    return found
+
+
+def _attentions(model: ir.Model) -> list[tuple[str, tuple[IntegerProduct, IntegerProduct]]]:
+    """Site and both products of every integer attention."""
+    products = [product for product in find_integer_products(model) if not product.is_linear]
+    sites = dict.fromkeys(product.site for product in products)
+    pairs = [(site, [product for product in products if product.site == site]) for site in sites]
+    return [(site, (pair[0], pair[1])) for site, pair in pairs if len(pair) == 2]
+
+
+def _norms(model: ir.Model) -> list[tuple[str, Norm]]:
+    return [(norm.site, norm) for norm in find_norms(model)]
+
+
+def _linears(model: ir.Model) -> list[tuple[str, IntegerProduct]]:
+    return [(product.site, product) for product in find_integer_products(model) if product.is_linear]
+
+
+def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
+    site, context = found.scores.site, found.context
+    anchor = context.last if found.output is None else _maker(found.output.codes)
+    build = Builder(anchor, site)
+    attributes: dict[str, int | float] = {"heads": found.heads, **found.p.quantizer.attributes("p")}
+    inputs: list[ir.Value | None] = []
+    for letter, operand, axis in (("q", found.q, 2), ("k", found.k, 3), ("v", found.v, 3)):
+        inputs.append(_side_by_side(operand, found, axis, Builder(anchor, f"{site}/{letter}"), shapes))
+        attributes |= {f"{letter}_scale": operand.quantizer.scale, f"{letter}_zero_point": operand.quantizer.zero_point}
+    for name, added in zip(("bias", "mask"), found.added, strict=False):
+        inputs.append(build.constant(f"scores_{name}", added))
+    op_type = "Attention"
+    if found.output is not None:
+        op_type = "AttentionQuantize"
+        attributes |= found.output.quantizer.attributes("output")
+    output = emit_native(op_type, inputs, attributes, site, build).outputs[0]
+    batch, heads, tokens, size = shapes.of(context.output)
+    for target in found.targets:
+        _put(output, (batch, tokens, heads * size), target, build, shapes)
+
+
+def _side_by_side(
+    operand: FoundQuantizer, found: AttentionPattern, axis: int, build: Builder, shapes: Batches
+) -> ir.Value:
+    """The operand's codes as uint8 [batch, tokens, heads·size]; `axis` of the scores has as many tokens."""
+    codes = emit_unsigned(operand, build) if operand.signed else operand.codes
+    scores, shape = shapes.of(found.scores.output), shapes.of(operand.codes)
+    batch, tokens = scores[0], scores[axis]
+    wanted = (batch, tokens, int(np.prod(shape)) // (batch * tokens))
+    if shape == wanted:
+        return codes
+    target = np.array([shapes.target(found.scores.output)[0], *wanted[1:]], np.int64)
+    return build.op("Reshape", [codes, build.constant("rows", target)], name="side_by_side")
+
+
+def _lower_norm(found: NormPattern, shapes: Batches) -> None:
+    norm = found.norm
+    for path in found.paths:
+        build = Builder(norm.node, norm.site)
+        rows = build.constant("rows", path.rows) if path.rows.size > 1 else None
+        attributes = {"epsilon": found.epsilon, **path.quantizer.quantizer.attributes("output")}
+        node = emit_native("LayerNormQuantize", [*norm.node.inputs[:3], rows], attributes, norm.site, build)
+        codes = node.outputs[0]
+        if not path.moves:
+            _put(codes, shapes.of(norm.output), path.target, build, shapes)
+            continue
+        codes.shape = norm.output.shape
+        path.moves[0].replace_input_with(0, codes)
+        for move in path.moves:
+            moved = move.outputs[0]
+            moved.name, moved.dtype = f"{moved.name}/codes", ir.DataType.UINT8
+        take_place(path.moves[-1].outputs[0], path.target)
+
+
+def _lower_patches(found: PatchesPattern, shapes: Batches) -> None:
+    x = found.quantizer.x
+    build = Builder(_maker(found.quantizer.codes), found.site)
+    height, width = found.patch
+    attributes = {"patch_height": height, "patch_width": width, **found.quantizer.quantizer.attributes("output")}
+    codes = emit_native("QuantizePatches", [x], attributes, found.site, build).outputs[0]
+    batch, channels, rows, columns = shapes.of(x)
+    shape = (batch, rows // height, columns // width, channels * height * width)
+    _put(codes, shape, found.target, build, shapes)
+
+
+def _lower_linear(found: LinearPattern) -> None:
+    product = found.product
+    anchor = _maker(found.output)
+    build = Builder(anchor, product.site)
+    weight = stored_weight(product)
+    inputs, outputs = weight.codes.shape
+    bias = build.constant("bias", np.zeros(outputs, np.float32)) if product.bias is None else product.bias
+    operands: list[ir.Value | None] = [
+        product.left,
+        emit_blocks(weight, Builder(anchor, f"{product.site}/unpack")),
+        product.right_scale,
+        bias,
+    ]
+    attributes: dict[str, AttributeValue] = {
+        "input_scale": found.input_scale,
+        "input_zero_point": found.input_zero_point,
+        "activation": found.activation,
+    }
+    op_type = "Linear"
+    if found.quantizer is not None:
+        op_type = "LinearQuantize"
+        attributes |= found.quantizer.quantizer.attributes("output")
+    elif found.residual is not None:
+        add, index = found.residual
+        operands.append(add.inputs[index])
+        operands.append(build.constant("rows", found.rows) if found.rows.size > 1 else None)
+    node = emit_native(op_type, operands, attributes, product.site, build)
+    node.metadata_props[WEIGHT_BITS_KEY] = str(weight.bits)
+    node.metadata_props[WEIGHT_INPUTS_KEY] = str(inputs)
+    take_place(node.outputs[0], found.output)
+
+
+def _put(made: ir.Value, shape: tuple[int, ...], target: ir.Value, build: Builder, shapes: Batches) -> None:
+    """Let `made`, of `shape` at the larger batch, be read where `target` was; a Reshape between them if need be."""
+    if shape != shapes.of(target):
+        made = build.op("Reshape", [made, build.constant("shape", shapes.target(target))], name="shaped")
+        made.type = target.type
+    take_place(made, target)
+
+
+def _maker(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None, "codes and sums are made by nodes"
+    return node

@@ -1,0 +1,235 @@
+"""The C interface of the kernel library, called with raw pointers."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mptqc.reference.custom_ops import AttentionScales, CodeQuantizer, block_weight
+from mptqc.runtime.library import available_isas, find_library, load_library
+
+OK = 0
+I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Quantizer = structure("Quantizer", scale=F32, zero_point=I32, minimum=I32, maximum=I32, m=I32, split=I32)
+Addend = structure("Addend", data=POINTER, windows=I64, heads=I64, rows=I64)
+LayerNorm = structure(
+    "LayerNorm",
+    rows=I64,
+    width=I64,
+    input=POINTER,
+    gamma=POINTER,
+    beta=POINTER,
+    epsilon=F32,
+    table_size=I64,
+    table=POINTER,
+    quantizer=Quantizer,
+    output=POINTER,
+)
+Linear = structure(
+    "Linear",
+    rows=I64,
+    inputs=I64,
+    outputs=I64,
+    input=POINTER,
+    weight=POINTER,
+    offset=POINTER,
+    scale=POINTER,
+    bias=POINTER,
+    activation=I32,
+    residual=POINTER,
+    table_size=I64,
+    table=POINTER,
+    quantizer=ctypes.POINTER(Quantizer),
+    output=POINTER,
+)
+Attention = structure(
+    "Attention",
+    batch=I64,
+    heads=I64,
+    rows=I64,
+    columns=I64,
+    width=I64,
+    value_width=I64,
+    q=POINTER,
+    k=POINTER,
+    v=POINTER,
+    q_zero_point=I32,
+    k_zero_point=I32,
+    v_zero_point=I32,
+    score_scale=F32,
+    context_scale=F32,
+    bias=Addend,
+    mask=Addend,
+    probability=Quantizer,
+    quantizer=ctypes.POINTER(Quantizer),
+    output=POINTER,
+)
+Patches = structure(
+    "Patches",
+    batch=I64,
+    channels=I64,
+    height=I64,
+    width=I64,
+    patch_height=I64,
+    patch_width=I64,
+    input=POINTER,
+    quantizer=Quantizer,
+    output=POINTER,
+)
+
+
+def c_quantizer(quantizer: CodeQuantizer) -> Any:
+    return Quantizer(*vars(quantizer).values())
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins one element past a cache line."""
+    room = np.empty(array.nbytes + 64 + array.itemsize, np.uint8)
+    start = -room.ctypes.data % 64 + array.itemsize
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class Kernels:
+    """The kernels of one instruction set: numpy arrays in, numpy arrays out."""
+
+    def __init__(self, library: ctypes.CDLL, isa: str) -> None:
+        self.library, self.isa = library, isa
+        self.isa_number = ctypes.c_int()
+        assert library.mptqc_choose_isa(isa.encode(), ctypes.byref(self.isa_number)) == OK
+
+    def layer_norm(self, x, gamma, beta, epsilon, quantizer, rows=None):
+        output = guarded(x.shape, np.uint8)
+        width = x.shape[-1]
+        arrays = [unaligned(array) for array in (x, gamma, beta)]
+        pointers = [array.ctypes.data for array in arrays]
+        table = (0, None) if rows is None else (rows.size, rows.ctypes.data)
+        count = x.size // width if width else 0
+        self.run(
+            "layer_norm", LayerNorm(count, width, *pointers, epsilon, *table, c_quantizer(quantizer), address(output))
+        )
+        return checked(output)
+
+    def linear(
+        self, a, weight, weight_scale, bias, *, input_scale, input_zero_point, activation="none", residual=None,
+        rows=None, quantizer=None,
+    ):  # fmt: skip
+        inputs, outputs = weight.shape
+        blocks = unaligned(block_weight(weight))
+        padding = (0, -outputs % 64)
+        scale = unaligned(np.pad(np.float32(input_scale) * weight_scale, padding))
+        padded_bias = unaligned(np.pad(bias, padding))
+        offset = unaligned(np.zeros(scale.size, np.int32))
+        self.library.mptqc_linear_offset(
+            POINTER(blocks.ctypes.data), I64(inputs), I64(outputs), I32(input_zero_point), POINTER(offset.ctypes.data)
+        )
+        a = unaligned(a)
+        shape = (*a.shape[:-1], outputs) if residual is None else residual.shape
+        output = guarded(shape, np.float32 if quantizer is None else np.uint8)
+        residual = None if residual is None else unaligned(residual)
+        c_output = None if quantizer is None else ctypes.pointer(c_quantizer(quantizer))
+        arguments = Linear(
+            int(np.prod(a.shape[:-1])), inputs, outputs, a.ctypes.data, blocks.ctypes.data, offset.ctypes.data,
+            scale.ctypes.data, padded_bias.ctypes.data, ("none", "gelu").index(activation),
+            None if residual is None else residual.ctypes.data, 0 if rows is None else rows.size,
+            None if rows is None else rows.ctypes.data, c_output, address(output),
+        )  # fmt: skip
+        self.run("linear", arguments)
+        return checked(output)
+
+    def attention(self, q, k, v, heads, scales: AttentionScales, p_quantizer, bias=None, mask=None, quantizer=None):
+        batch, rows, total = q.shape
+        columns, value_total = v.shape[1:]
+        q, k, v = unaligned(q), unaligned(k), unaligned(v)
+        added = [None if array is None else unaligned(array) for array in (bias, mask)]
+        addends = [
+            Addend(None, 0, 0, 0) if array is None else Addend(array.ctypes.data, *array.shape[:3]) for array in added
+        ]
+        output = guarded((batch, rows, value_total), np.float32 if quantizer is None else np.uint8)
+        arguments = Attention(
+            batch, heads, rows, columns, total // heads, value_total // heads, q.ctypes.data, k.ctypes.data,
+            v.ctypes.data, scales.q_zero_point, scales.k_zero_point, scales.v_zero_point,
+            float(np.float32(scales.q_scale) * np.float32(scales.k_scale)),
+            float(np.float32(p_quantizer.scale) * np.float32(scales.v_scale)), *addends, c_quantizer(p_quantizer),
+            None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), address(output),
+        )  # fmt: skip
+        self.run("attention", arguments)
+        return checked(output)
+
+    def patches(self, x, patch_height, patch_width, quantizer):
+        batch, channels, height, width = x.shape
+        output = guarded(
+            (batch, height // patch_height, width // patch_width, channels * patch_height * patch_width), np.uint8
+        )
+        x = unaligned(x)
+        sizes = (batch, channels, height, width, patch_height, patch_width)
+        self.run("patches", Patches(*sizes, x.ctypes.data, c_quantizer(quantizer), address(output)))
+        return checked(output)
+
+    def run(self, operator: str, arguments: ctypes.Structure) -> None:
+        for task in range(self.tasks(operator, arguments)):
+            assert self.run_task(operator, arguments, task) == OK
+
+    def tasks(self, operator: str, arguments: ctypes.Structure) -> int:
+        count = getattr(self.library, f"mptqc_{operator}_tasks")
+        count.restype = I64
+        return int(count(ctypes.byref(arguments)))
+
+    def run_task(self, operator: str, arguments: ctypes.Structure, task: int) -> int:
+        function = getattr(self.library, f"mptqc_{operator}_run")
+        return int(function(self.isa_number, ctypes.byref(arguments), I64(task)))
+
+
+GUARD_BYTES, GUARD = 64, 0xA5
+
+
+def guarded(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """An output with guard bytes on either side: (the whole memory, the output in it)."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.full(size + 2 * GUARD_BYTES, GUARD, np.uint8)
+    return memory, memory[GUARD_BYTES : GUARD_BYTES + size].view(dtype).reshape(shape)
+
+
+def address(output: tuple[np.ndarray, np.ndarray]) -> int:
+    return int(output[0].ctypes.data) + GUARD_BYTES
+
+
+def checked(output: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """The output, after a look at its guards."""
+    memory, array = output
+    assert (memory[:GUARD_BYTES] == GUARD).all() and (memory[-GUARD_BYTES:] == GUARD).all()
+    return array
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    path = find_library()
+    if path is None:
+        pytest.skip("the kernel library was not built: no C++17 compiler")
+    return load_library(path)
+
+
+@pytest.fixture(scope="session")
+def kernels_of(library: ctypes.CDLL) -> Callable[[str], Kernels]:
+    """The kernels of an instruction set; skips where the machine lacks it."""
+
+    def make(isa: str) -> Kernels:
+        if isa not in available_isas(library):
+            pytest.skip(f"this machine has no {isa}")
+        return Kernels(library, isa)
+
+    return make
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512_vnni"])
+def kernels(request: pytest.FixtureRequest, kernels_of: Callable[[str], Kernels]) -> Iterator[Kernels]:
+    yield kernels_of(request.param)

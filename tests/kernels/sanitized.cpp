@@ -1,0 +1,152 @@
+// Runs every kernel on random small shapes, in memory of exactly the size it needs, and compares each implementation with
+// the portable one. Built with the address and undefined-behaviour sanitizers, which see what a comparison cannot.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "mptqc_kernels.h"
+
+namespace {
+
+std::mt19937 generator(1);
+
+int64_t size(int64_t least, int64_t most) {
+  return std::uniform_int_distribution<int64_t>(least, most)(generator);
+}
+
+std::vector<uint8_t> codes(int64_t count) {
+  std::vector<uint8_t> out(count);
+  for (uint8_t& code : out) code = static_cast<uint8_t>(generator());
+  return out;
+}
+
+std::vector<float> floats(int64_t count) {
+  std::vector<float> out(count);
+  for (float& x : out) x = std::normal_distribution<float>(0, 2)(generator);
+  return out;
+}
+
+mptqc_quantizer quantizer() {
+  return generator() % 2 == 0 ? mptqc_quantizer{0.05f, 100, 3, 250, 0, 0} : mptqc_quantizer{0.01f, 4, 1, 196, 3, 64};
+}
+
+int failures = 0;
+
+// Runs all tasks on each implementation into a fresh output, and compares.
+template <class Arguments>
+void compare(const char* name, Arguments arguments, size_t output_bytes, int64_t tasks,
+             mptqc_status (*run)(mptqc_isa, const Arguments*, int64_t)) {
+  std::vector<uint8_t> portable;
+  for (int isa = 0; isa < MPTQC_ISA_COUNT; ++isa) {
+    if (!mptqc_isa_runs_here(static_cast<mptqc_isa>(isa))) continue;
+    const std::unique_ptr<uint8_t[]> output(new uint8_t[output_bytes]());
+    arguments.output = static_cast<decltype(arguments.output)>(static_cast<void*>(output.get()));
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (run(static_cast<mptqc_isa>(isa), &arguments, task) != MPTQC_OK) ++failures;
+    }
+    if (isa == MPTQC_PORTABLE) {
+      portable.assign(output.get(), output.get() + output_bytes);
+    } else if (output_bytes > 0 && std::memcmp(portable.data(), output.get(), output_bytes) != 0) {
+      std::printf("%s: %s differs from portable\n", name, mptqc_isa_name(static_cast<mptqc_isa>(isa)));
+      ++failures;
+    }
+  }
+}
+
+std::vector<int64_t> table(int64_t rows) {
+  std::vector<int64_t> out(rows);
+  for (int64_t row = 0; row < rows; ++row) out[row] = rows - 1 - row;
+  return out;
+}
+
+void layer_norm() {
+  const int64_t rows = size(0, 40), width = size(1, 150);
+  const auto x = floats(rows * width), gamma = floats(width), beta = floats(width);
+  const auto rows_table = table(rows);
+  const mptqc_layer_norm arguments = {rows, width, x.data(),          gamma.data(), beta.data(), 1e-6f,
+                                      rows, rows_table.data(), quantizer(),  nullptr};
+  compare("layer_norm", arguments, rows * width, mptqc_layer_norm_tasks(&arguments), mptqc_layer_norm_run);
+}
+
+void linear() {
+  const int64_t rows = size(0, 20), inputs = size(0, 70), outputs = size(0, 150);
+  const int64_t blocked = (outputs + 15) / 16 * 16, padded = (outputs + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
+  const auto input = codes(rows * inputs);
+  const auto weight = codes(blocked * ((inputs + 3) / 4 * 4));
+  const auto residual = floats(rows * outputs), scale = floats(padded), bias = floats(padded);
+  const auto rows_table = table(rows);
+  std::vector<int32_t> offset(padded);
+  const int8_t* blocks = reinterpret_cast<const int8_t*>(weight.data());
+  mptqc_linear_offset(blocks, inputs, outputs, static_cast<int32_t>(size(0, 255)), offset.data());
+  const mptqc_quantizer output = quantizer();
+  const bool quantized = generator() % 2 == 0;
+  mptqc_linear arguments = {};
+  arguments.rows = rows;
+  arguments.inputs = inputs;
+  arguments.outputs = outputs;
+  arguments.input = input.data();
+  arguments.weight = blocks;
+  arguments.offset = offset.data();
+  arguments.scale = scale.data();
+  arguments.bias = bias.data();
+  arguments.activation = generator() % 2 == 0 ? MPTQC_GELU : MPTQC_NO_ACTIVATION;
+  arguments.residual = generator() % 2 == 0 ? residual.data() : nullptr;
+  arguments.table_size = rows;
+  arguments.table = rows_table.data();
+  arguments.quantizer = quantized ? &output : nullptr;
+  compare("linear", arguments, rows * outputs * (quantized ? 1 : 4), mptqc_linear_tasks(&arguments), mptqc_linear_run);
+}
+
+void attention() {
+  mptqc_attention arguments = {};
+  arguments.batch = size(0, 2);
+  arguments.heads = size(1, 3);
+  arguments.rows = size(0, 30);
+  arguments.columns = size(0, 90);
+  arguments.width = size(0, 40);
+  arguments.value_width = size(0, 70);
+  const auto q = codes(arguments.batch * arguments.rows * arguments.heads * arguments.width);
+  const auto k = codes(arguments.batch * arguments.columns * arguments.heads * arguments.width);
+  const auto v = codes(arguments.batch * arguments.columns * arguments.heads * arguments.value_width);
+  const auto bias = floats(arguments.heads * arguments.rows * arguments.columns), mask = floats(arguments.columns);
+  arguments.q = q.data();
+  arguments.k = k.data();
+  arguments.v = v.data();
+  arguments.q_zero_point = static_cast<int32_t>(size(0, 255));
+  arguments.k_zero_point = static_cast<int32_t>(size(0, 255));
+  arguments.v_zero_point = static_cast<int32_t>(size(0, 255));
+  arguments.score_scale = 2e-4f;
+  arguments.context_scale = 1e-4f;
+  if (generator() % 2 == 0) arguments.bias = {bias.data(), 1, arguments.heads, arguments.rows};
+  if (generator() % 2 == 0) arguments.mask = {mask.data(), 1, 1, 1};
+  arguments.probability = {1 / 255.0f, 0, 0, 255, 0, 0};
+  const mptqc_quantizer output = quantizer();
+  const bool quantized = generator() % 2 == 0;
+  arguments.quantizer = quantized ? &output : nullptr;
+  const int64_t elements = arguments.batch * arguments.rows * arguments.heads * arguments.value_width;
+  compare("attention", arguments, elements * (quantized ? 1 : 4), mptqc_attention_tasks(&arguments),
+          mptqc_attention_run);
+}
+
+void patches() {
+  const int64_t patch_height = size(1, 5), patch_width = size(1, 20), down = size(0, 3), across = size(0, 3);
+  const int64_t batch = size(0, 2), channels = size(0, 3), height = down * patch_height, width = across * patch_width;
+  const auto x = floats(batch * channels * height * width);
+  const mptqc_patches arguments = {batch,       channels, height,      width,  patch_height,
+                                   patch_width, x.data(), quantizer(), nullptr};
+  compare("patches", arguments, x.size(), mptqc_patches_tasks(&arguments), mptqc_patches_run);
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 60; ++round) {
+    layer_norm();
+    linear();
+    attention();
+    patches();
+  }
+  return failures == 0 ? 0 : 1;
+}

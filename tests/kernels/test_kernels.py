@@ -1,0 +1,207 @@
+"""Each implementation against the numpy reference and against the portable one, at sizes that break vector widths."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from mptqc.reference import custom_ops as ops
+
+UNIFORM = ops.CodeQuantizer(0.04, 120)
+NARROW = ops.CodeQuantizer(0.31, 240, 237, 252)
+TWO_REGIONS = ops.CodeQuantizer(0.02, 9, 0, 9 + 64 + 8 * 15, 3, 64)
+QUANTIZERS = [UNIFORM, NARROW, TWO_REGIONS]
+PROBABILITIES = [ops.CodeQuantizer(1 / 255, 0), ops.CodeQuantizer(0.004, 3, 1, 3 + 16 + 4 * 50, 2, 16)]
+SCALES = ops.AttentionScales(0.021, 117, 0.019, 133, 0.013, 126)
+
+
+def floats(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    return generator.standard_normal(shape).astype(np.float32)
+
+
+def codes(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    return generator.integers(0, 256, shape, np.uint8)
+
+
+def assert_codes_of(actual: np.ndarray, quantizer: ops.CodeQuantizer, y: np.ndarray, tolerance: np.ndarray) -> None:
+    """The codes are those of floats within `tolerance` of y."""
+    low = ops.quantize_codes(quantizer, (y - tolerance).astype(np.float32))
+    high = ops.quantize_codes(quantizer, (y + tolerance).astype(np.float32))
+    assert ((low <= actual) & (actual <= high)).all()
+    assert low.size < 1000 or (low == high).mean() > 0.99  # the bounds are no free pass
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (3, 15), (2, 16), (33, 17), (5, 111), (65, 384)])
+def test_layer_norm(kernels, kernels_of, quantizer, rows, width):
+    generator = np.random.default_rng(rows + width)
+    x = floats(generator, rows, width) * 3 + 1
+    gamma, beta = floats(generator, width), floats(generator, width)
+    actual = kernels.layer_norm(x, gamma, beta, 1e-6, quantizer)
+    assert np.array_equal(actual, kernels_of("portable").layer_norm(x, gamma, beta, 1e-6, quantizer))
+    y = ops.layer_norm(x, gamma, beta, 1e-6)
+    size = (np.abs(ops.layer_norm(x, gamma, 0 * beta, 1e-6)) + np.abs(beta)).max(-1, keepdims=True, initial=0)
+    assert_codes_of(actual, quantizer, y, ops.LAYER_NORM_TOLERANCE * size)
+
+
+def test_layer_norm_moves_rows(kernels):
+    generator = np.random.default_rng(0)
+    x, ones, zeros = floats(generator, 3, 35, 24), np.ones(24, np.float32), np.zeros(24, np.float32)
+    rows = generator.permutation(35)
+    straight = kernels.layer_norm(x, ones, zeros, 1e-6, UNIFORM)
+    assert np.array_equal(kernels.layer_norm(x, ones, zeros, 1e-6, UNIFORM, rows), straight[:, rows])
+
+
+LINEAR_SHAPES = [
+    (0, 8, 8), (1, 1, 1), (5, 3, 0), (2, 0, 5), (1, 4, 16), (7, 5, 17), (6, 19, 64), (13, 66, 65), (129, 35, 48),
+    (3, 111, 130), (197, 64, 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("quantizer", [None, *QUANTIZERS])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), LINEAR_SHAPES)
+def test_linear_equals_the_reference_bit_for_bit(kernels, quantizer, rows, inputs, outputs):
+    generator = np.random.default_rng(rows + inputs + outputs)
+    a, weight = codes(generator, rows, inputs), codes(generator, inputs, outputs).view(np.int8)
+    scale, bias = np.abs(floats(generator, outputs)) * 2e-3, floats(generator, outputs)
+    arguments = {"input_scale": 0.17, "input_zero_point": 201}
+    expected = ops.linear(a, weight, scale, bias, **arguments)
+    if quantizer is not None:
+        expected = ops.quantize_codes(quantizer, expected)
+    assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_linear_adds_the_residual_at_the_row_it_writes(kernels, activation):
+    generator = np.random.default_rng(1)
+    a, weight = codes(generator, 8, 12, 30), codes(generator, 30, 37).view(np.int8)
+    scale, bias, residual = np.full(37, 1e-3, np.float32), floats(generator, 37), floats(generator, 4, 2, 12, 37)
+    rows = generator.permutation(24)
+    arguments = {
+        "input_scale": 0.1, "input_zero_point": 128, "activation": activation, "residual": residual, "rows": rows
+    }  # fmt: skip
+    actual = kernels.linear(a, weight, scale, bias, **arguments)
+    expected = ops.linear(a, weight, scale, bias, **arguments)
+    if activation == "none":
+        assert np.array_equal(actual, expected)
+    else:
+        assert np.abs(actual - expected).max() < ops.GELU_TOLERANCE * (np.abs(expected).max() + 4)
+
+
+@pytest.mark.parametrize("extreme", [0, 255])
+def test_linear_sums_extreme_codes_exactly(kernels, extreme):
+    a, weight = np.full((7, 300), extreme, np.uint8), np.tile(np.array([-128, 127], np.int8), (300, 10))
+    ones, zeros = np.ones(20, np.float32), np.zeros(20, np.float32)
+    arguments = {"input_scale": 1.0, "input_zero_point": 255 - extreme}
+    expected = ops.linear(a, weight, ones, zeros, **arguments)
+    assert np.abs(expected).min() == 300 * 127 * 255
+    assert np.array_equal(kernels.linear(a, weight, ones, zeros, **arguments), expected)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_linear_with_gelu(kernels, kernels_of, quantizer):
+    generator = np.random.default_rng(2)
+    a, weight = codes(generator, 31, 40), codes(generator, 40, 77).view(np.int8)
+    scale, bias = np.full(77, 1.5e-4, np.float32), floats(generator, 77) * 2
+    arguments = {"input_scale": 0.9, "input_zero_point": 128, "activation": "gelu"}
+    actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
+    portable = kernels_of("portable").linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
+    assert np.array_equal(actual, portable)
+    x = ops.linear(a, weight, scale, bias, **(arguments | {"activation": "none"}))
+    assert_codes_of(actual, quantizer, ops.gelu(x), ops.GELU_TOLERANCE * np.maximum(1, np.abs(x)))
+
+
+def test_gelu_is_within_its_tolerance(kernels, kernels_of):
+    x = np.concatenate([np.linspace(-9, 9, 100_003), [0, -0.0, 1e-30, 200, -200]]).astype(np.float32)
+    one = {"input_scale": 1.0, "input_zero_point": 0, "activation": "gelu"}
+    empty, no_weight = np.zeros((1, 0), np.uint8), np.zeros((0, x.size), np.int8)
+    actual = kernels.linear(empty, no_weight, np.ones_like(x), x, **one)[0]
+    assert np.array_equal(actual, kernels_of("portable").linear(empty, no_weight, np.ones_like(x), x, **one)[0])
+    assert (np.abs(actual - ops.gelu(x)) / np.maximum(1, np.abs(x))).max() < ops.GELU_TOLERANCE
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_quantizer_rounds_as_a_division_does(kernels, quantizer):
+    """Ties, their neighbours, codes beyond either end, infinities: the product is 0, so that the bias is quantized."""
+    steps = np.arange(-1200, 1200).astype(np.float32) * np.float32(quantizer.scale) / 4
+    edges = np.array([0, -0.0, np.inf, -np.inf, 3e38, -3e38, 1e-40, -1e-40], np.float32)
+    x = np.concatenate([steps, np.nextafter(steps, np.float32(9)), np.nextafter(steps, np.float32(-9)), edges])
+    random = np.random.default_rng(3).standard_normal(50_000).astype(np.float32) * 5
+    x = np.concatenate([x, random])
+    empty, no_weight = np.zeros((1, 0), np.uint8), np.zeros((0, x.size), np.int8)
+    actual = kernels.linear(
+        empty, no_weight, np.ones_like(x), x, input_scale=1.0, input_zero_point=0, quantizer=quantizer
+    )
+    with np.errstate(over="ignore"):
+        expected = ops.quantize_codes(quantizer, x)
+    assert np.array_equal(actual[0], expected)
+
+
+ATTENTION_SHAPES = [
+    # batch, heads, rows, columns, width, value width
+    (0, 2, 3, 3, 8, 8), (2, 1, 1, 1, 1, 1), (1, 3, 5, 7, 6, 18), (2, 2, 17, 17, 32, 32), (1, 2, 131, 66, 33, 65),
+    (1, 1, 6, 65, 64, 64), (1, 3, 1, 197, 64, 16), (1, 2, 0, 5, 4, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("p_quantizer", PROBABILITIES)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+@pytest.mark.parametrize("added", ["nothing", "bias", "bias and mask", "row of mask"])
+def test_attention(kernels, kernels_of, shape, p_quantizer, added):
+    batch, heads, rows, columns, width, value_width = shape
+    generator = np.random.default_rng(columns)
+    q, k = codes(generator, batch, rows, heads * width), codes(generator, batch, columns, heads * width)
+    v = codes(generator, batch, columns, heads * value_width)
+    bias = floats(generator, 1, heads, rows, columns) if added.startswith("bias") else None
+    mask = np.where(generator.random((max(batch, 1), 1, rows, columns)) < 0.2, -100, 0).astype(np.float32)
+    if added == "row of mask":
+        mask = np.where(generator.random((1, 1, 1, columns)) < 0.2, -np.inf, 0).astype(np.float32)
+        mask[..., 0] = 0
+    elif added != "bias and mask":
+        mask = None
+    arguments = (q, k, v, heads, SCALES, p_quantizer, bias, mask)
+    actual = kernels.attention(*arguments)
+    assert np.array_equal(actual, kernels_of("portable").attention(*arguments))
+    output = ops.CodeQuantizer(0.05, 128)
+    assert np.array_equal(kernels.attention(*arguments, quantizer=output), ops.quantize_codes(output, actual))
+    if actual.size:
+        assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask)
+
+
+def assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask):
+    """Rows whose codes of P are beyond doubt are equal bit for bit; a doubtful code may be the next one."""
+    p = ops.attention_probabilities(q, k, heads, SCALES, bias, mask)
+    slack = ops.SOFTMAX_TOLERANCE * np.maximum(p, 2.0**-20)
+    low = ops.quantize_codes(p_quantizer, (p - slack).astype(np.float32))
+    high = ops.quantize_codes(p_quantizer, (p + slack).astype(np.float32))
+    expected = ops.attention_context(low, p_quantizer, v, SCALES)
+    doubt = (high.astype(int) - low).sum(-1).max(1)  # [B, T], over heads
+    assert np.array_equal(actual[doubt == 0], expected[doubt == 0])
+    assert doubt.size < 20 or (doubt == 0).mean() > 0.8
+    step = p_quantizer.scale * SCALES.v_scale * 255
+    assert (np.abs(actual - expected).max(-1) <= doubt * step * 1.001).all()
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 8, 8, 4, 4), (1, 1, 1, 1, 1, 1), (2, 3, 14, 51, 7, 17), (1, 3, 32, 48, 16, 16)]
+)
+def test_patches(kernels, quantizer, shape):
+    *image, patch_height, patch_width = shape
+    x = floats(np.random.default_rng(5), *image) * 3
+    expected = ops.quantize_codes(quantizer, ops.patches(x, patch_height, patch_width))
+    assert np.array_equal(kernels.patches(x, patch_height, patch_width, quantizer), expected)
+
+
+def test_every_instruction_set_of_the_processor_is_found(library):
+    from mptqc.runtime.library import available_isas
+    from mptqc.runtime.machine import cpu_features, cpu_info
+
+    features = cpu_features(cpu_info()) or {}
+    names = [name for name, feature in (("avx2", "avx2"), ("avx512_vnni", "avx512_vnni")) if features.get(feature)]
+    assert available_isas(library) == ["portable", *names]
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2"])
+def test_an_unknown_instruction_set_is_refused(library, name):
+    assert library.mptqc_choose_isa(name.encode(), ctypes.byref(ctypes.c_int())) != 0

@@ -1,0 +1,277 @@
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from native_evaluator import compare_with_portable, run_native
+
+from mptqc.analysis.shapes import concrete_shapes
+from mptqc.graph.edit import Builder
+from mptqc.graph.integer_sites import find_integer_sites
+from mptqc.graph.io import serialize
+from mptqc.graph.native_nodes import Lowering, lowering_report, native_nodes
+from mptqc.passes.base import Stage, StageError, run_passes, stage_of
+from mptqc.passes.lower_to_native import LowerToNative
+from mptqc.passes.pack_weights import PackWeights
+from mptqc.passes.quantize_attentions import QuantizeAttentions
+from mptqc.passes.quantize_linears import QuantizeLinears
+from mptqc.plan import LayerPlan, QuantPlan, Uniform
+from mptqc.recipe import Recipe
+from mptqc.reference.custom_ops import block_weight
+from mptqc.runtime.session import create_session
+
+MakeModel = Callable[[], ir.Model]
+MakePlan = Callable[..., QuantPlan]
+Edit = Callable[[ir.Model], None]
+X = np.random.default_rng(1).normal(size=(3, 7, 12)).astype(np.float32)
+WHOLE_BLOCK = {"LayerNormQuantize": 1, "LinearQuantize": 5, "AttentionQuantize": 1, "Linear": 1}
+SHIFTED_WINDOWS = """
+  n = LayerNormalization <axis = -1> (x, gamma, beta)
+  below = Slice (n, one, end, rows)
+  above = Slice (n, zero, one, rows)
+  rolled = Concat <axis = 1> (below, above)
+  split = Reshape (rolled, windows)
+  parted = Transpose <perm = [0, 1, 3, 2, 4, 5]> (split)
+  window = Reshape (parted, joined)
+  product = MatMul (window, weight)
+  linear = Add (product, bias)
+  parted_back = Reshape (linear, windows)
+  split_back = Transpose <perm = [0, 1, 3, 2, 4, 5]> (parted_back)
+  image = Reshape (split_back, grid)
+  last = Slice (image, minus_one, end, rows)
+  others = Slice (image, zero, minus_one, rows)
+  unrolled = Concat <axis = 1> (last, others)
+  y = Add (x, unrolled)
+"""
+
+
+def lower(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, ir.Model]:
+    """The portable model, and a copy of it lowered."""
+    run_passes(model, [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights()])
+    native = ir.from_proto(ir.to_proto(model))
+    LowerToNative(concrete_shapes(native), concrete_shapes(native, batch=2))(native)
+    onnx.checker.check_model(ir.to_proto(native))
+    return model, native
+
+
+def native_counts(model: ir.Model) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in native_nodes(model)))
+
+
+def value(model: ir.Model, name: str) -> ir.Value:
+    return next(out for node in model.graph for out in node.outputs if out.name == name)
+
+
+def node(model: ir.Model, name: str) -> ir.Node:
+    return next(each for each in model.graph if each.name == name)
+
+
+def refusals(model: ir.Model) -> list[Lowering]:
+    return [each for each in lowering_report(model) if each.reason]
+
+
+def test_a_block_becomes_fused_operators(block: MakeModel, block_plan: MakePlan) -> None:
+    _, native = lower(block(), block_plan(8, 8, two_region=False))
+    assert {each.domain for each in native.graph} == {"ai.mptqc"}
+    assert native_counts(native) == WHOLE_BLOCK
+    assert refusals(native) == []
+    assert stage_of(native) is Stage.LOWERED
+    assert native.opset_imports["ai.mptqc"] == 1
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "two_region"),
+    [(8, 8, False), (5, 6, False), (2, 3, False), (4, 4, True), (3, 5, True)],
+)
+def test_every_operator_gives_the_portable_values(
+    block: MakeModel, block_plan: MakePlan, weight_bits: int, activation_bits: int, two_region: bool
+) -> None:
+    portable, native = lower(block(), block_plan(weight_bits, activation_bits, two_region=two_region))
+    assert compare_with_portable(native, portable, {"x": X}) == WHOLE_BLOCK
+
+
+def test_the_whole_runs_in_numpy(block: MakeModel, block_plan: MakePlan) -> None:
+    portable, native = lower(block(), block_plan(8, 8, two_region=False))
+    expected = create_session(serialize(portable), threads=1).run(None, {"x": X})[0]
+    (found,) = run_native(native, {"x": X})
+    # No code of this block lies at a rounding boundary, and the last product is exact.
+    assert np.array_equal(found, expected)
+
+
+def test_scores_take_their_mask_and_probabilities_two_regions(block: MakeModel, block_plan: MakePlan) -> None:
+    _, native = lower(block(), block_plan())
+    attention = next(each for each in native_nodes(native) if each.op_type == "AttentionQuantize")
+    assert len(attention.inputs) == 4
+    mask = attention.inputs[3]
+    assert mask is not None and mask.const_value is not None
+    assert mask.const_value.numpy().shape == (1, 1, 7, 7)
+    assert (attention.attributes["p_m"].as_int(), attention.attributes["p_split"].as_int()) == (2, 4)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_keep_their_codes_bits_and_bytes(block: MakeModel, block_plan: MakePlan, bits: int) -> None:
+    portable, native = lower(block(), block_plan(bits))
+    for before, after in zip(find_integer_sites(portable), find_integer_sites(native), strict=True):
+        assert (before.site, before.scales, before.norm) == (after.site, after.scales, after.norm)
+        if before.weight is None:
+            assert after.weight is None
+            continue
+        assert after.weight is not None
+        assert np.array_equal(before.weight.codes, after.weight.codes)
+        assert after.weight.bits == bits
+        assert after.weight.stored_bytes == block_weight(before.weight.codes).size * bits // 8
+
+
+def test_a_norm_is_repeated_for_another_quantizer(block: MakeModel, block_plan: MakePlan) -> None:
+    plan = block_plan(8, 8, two_region=False)
+    other = Uniform(bits=8, scale=0.03, zero_point=120)
+    layers = tuple(
+        each.model_copy(update={"input": other}) if each.site == "block00.k" else each for each in plan.layers
+    )
+    portable, native = lower(block(), plan.model_copy(update={"layers": layers}))
+    assert compare_with_portable(native, portable, {"x": X}) == {**WHOLE_BLOCK, "LayerNormQuantize": 2}
+
+
+def test_a_context_that_stays_float_is_joined_all_the_same(block: MakeModel, block_plan: MakePlan) -> None:
+    plan = block_plan(8, 8, two_region=False)
+    layers = tuple(each for each in plan.layers if each.site != "block00.proj")
+    portable, native = lower(block(), plan.model_copy(update={"layers": layers}))
+    expected = {"LayerNormQuantize": 1, "LinearQuantize": 4, "Attention": 1, "Linear": 1}
+    assert compare_with_portable(native, portable, {"x": X}) == expected
+    assert not any(each.op_type == "Transpose" for each in native.graph)
+
+
+def test_shifted_windows_become_row_tables(smoothed: Callable[..., ir.Model]) -> None:
+    model, plan = shifted_windows(smoothed)
+    portable, native = lower(model, plan)
+    assert [each.op_type for each in native.graph] == ["LayerNormQuantize", "Reshape", "Linear"]
+    norm, _, linear = native.graph
+    tables = [node.inputs[position].const_value.numpy() for node, position in ((norm, 3), (linear, 5))]
+    expected = np.roll(np.arange(16).reshape(4, 4), -1, 0).reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(-1)
+    assert np.array_equal(tables[0], expected)
+    assert np.array_equal(tables[1], expected)
+    x = np.random.default_rng(2).normal(size=(3, 4, 4, 12)).astype(np.float32)
+    assert compare_with_portable(native, portable, {"x": x}) == {"LayerNormQuantize": 1, "Linear": 1}
+
+
+def shifted_windows(smoothed: Callable[..., ir.Model]) -> tuple[ir.Model, QuantPlan]:
+    """A norm, roll, windows of 2 × 2, a Linear, and back, on images of 4 × 4."""
+    random = np.random.default_rng(0)
+    arrays = {
+        "gamma": random.normal(size=12).astype(np.float32),
+        "beta": random.normal(size=12).astype(np.float32),
+        "weight": random.normal(size=(12, 12)).astype(np.float32),
+        "bias": random.normal(size=12).astype(np.float32),
+        "windows": np.array([-1, 2, 2, 2, 2, 12], np.int64),
+        "joined": np.array([-1, 4, 12], np.int64),
+        "grid": np.array([-1, 4, 4, 12], np.int64),
+        "zero": np.array([0], np.int64),
+        "one": np.array([1], np.int64),
+        "minus_one": np.array([-1], np.int64),
+        "end": np.array([np.iinfo(np.int64).max], np.int64),
+        "rows": np.array([1], np.int64),
+    }
+    image = "float[n, 4, 4, 12]"
+    model = smoothed(f"{image} x", f"{image} y", SHIFTED_WINDOWS, {"n": "norm00", "product": "linear00"}, arrays)
+    layer = LayerPlan(site="linear00", weight_bits=8, input=Uniform(bits=8, scale=0.03, zero_point=128))
+    scale = np.abs(arrays["weight"]).max(axis=0) / np.float32(127)
+    return model, QuantPlan(model_digest="0", recipe=Recipe(), layers=(layer,), arrays={"linear00/weight_scale": scale})
+
+
+def make_output(name: str, shape: list[int | str]) -> Edit:
+    """A value of the float block also becomes an output of the model."""
+
+    def edit(model: ir.Model) -> None:
+        found = value(model, name)
+        found.dtype, found.shape = ir.DataType.FLOAT, ir.Shape(shape)
+        model.graph.outputs.append(found)
+
+    return edit
+
+
+def subtract_from_scores(model: ir.Model) -> None:
+    softmax = node(model, "a")
+    build = Builder(softmax, "test")
+    one = build.constant("one", np.array(1, np.float32))
+    softmax.replace_input_with(0, build.op("Sub", [softmax.inputs[0], one]))
+
+
+def compute_the_mask(model: ir.Model) -> None:
+    add = node(model, "sm")
+    add.replace_input_with(1, Builder(add, "test").op("Neg", [add.inputs[1]]))
+
+
+def interleave_heads(model: ir.Model) -> None:
+    """Channels become (channel, head) in place of (head, channel)."""
+    shape = node(model, "qs").inputs[1]
+    assert shape is not None
+    shape.const_value = ir.tensor(np.array([0, 0, 6, 2], np.int64), name=shape.name)
+    for name, permutation in (("q", [0, 3, 1, 2]), ("k", [0, 3, 2, 1]), ("v", [0, 3, 1, 2]), ("ct", [0, 2, 3, 1])):
+        node(model, name).attributes["perm"] = ir.AttrInt64s("perm", permutation)
+
+
+def approximate_gelu(model: ir.Model) -> None:
+    node(model, "g").attributes["approximate"] = ir.AttrString("approximate", "tanh")
+
+
+INTERLEAVED = {"LayerNormQuantize": 1, "LinearQuantize": 3, "Linear": 3}  # q, proj and fc1 quantize; k and v are int8
+PORTABLE_ATTENTION = {**INTERLEAVED, "QuantizePatches": 1}  # that is how heads are joined too, one row a patch
+FLOAT_GELU = {**WHOLE_BLOCK, "LinearQuantize": 4, "Linear": 2}
+
+
+@pytest.mark.parametrize(
+    ("edit", "site", "reason", "counts"),
+    [
+        (
+            make_output("n", ["n", 7, 12]),
+            "block00.norm1",
+            "are read elsewhere",
+            {**WHOLE_BLOCK, "LayerNormQuantize": 0},
+        ),
+        (make_output("s", ["n", 2, 7, 7]), "block00.attention", "s, on the way to its softmax", PORTABLE_ATTENTION),
+        (subtract_from_scores, "block00.attention", "Sub test/Sub lies between", PORTABLE_ATTENTION),
+        (compute_the_mask, "block00.attention", "Add sm adds something", PORTABLE_ATTENTION),
+        (interleave_heads, "block00.attention", "heads of q do not lie side by side", INTERLEAVED),
+        (make_output("f", ["n", 7, 20]), None, "", FLOAT_GELU),
+        (make_output("g", ["n", 7, 20]), None, "", FLOAT_GELU),
+        (approximate_gelu, None, "", FLOAT_GELU),
+    ],
+)
+def test_what_an_operator_cannot_express_keeps_its_portable_form(
+    block: MakeModel, block_plan: MakePlan, edit: Edit, site: str | None, reason: str, counts: dict[str, int]
+) -> None:
+    model = block()
+    edit(model)
+    portable, native = lower(model, block_plan())
+    assert native_counts(native) == {op: count for op, count in counts.items() if count}
+    assert [each.site for each in refusals(native)] == ([] if site is None else [site])
+    assert all(reason in each.reason for each in refusals(native))
+    compare_with_portable(native, portable, {"x": X})
+
+
+def test_a_constant_added_to_every_image_is_no_residual(block: MakeModel, block_plan: MakePlan) -> None:
+    model = block()
+    y = model.graph.outputs[0].producer()
+    assert y is not None
+    position = Builder(y, "test").constant("position", np.ones((1, 7, 12), np.float32))
+    added = ir.node("Add", [y.outputs[0], position], name="added")
+    added.outputs[0].name, added.outputs[0].dtype, added.outputs[0].shape = (
+        "added",
+        ir.DataType.FLOAT,
+        y.outputs[0].shape,
+    )
+    model.graph.append(added)
+    model.graph.outputs[0] = added.outputs[0]
+    portable, native = lower(model, block_plan())
+    assert [each.name for each in native.graph if each.op_type == "Add" and not each.domain] == ["added"]
+    assert compare_with_portable(native, portable, {"x": X}) == WHOLE_BLOCK
+
+
+def test_a_model_that_is_not_quantized_is_refused(block: MakeModel, block_plan: MakePlan) -> None:
+    with pytest.raises(StageError, match="lower-to-native"):
+        LowerToNative({}, {})(block())
+    _, native = lower(block(), block_plan())
+    with pytest.raises(StageError, match="lower-to-native"):
+        LowerToNative({}, {})(native)
