@@ -92,6 +92,7 @@ def compile_model(
     plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)
     if recipe.compensation:
         plan = compensate(model, concrete_shapes(model), used, plan, quantize, report)
+    prune(model)
     smoothed = ir.from_proto(ir.to_proto(model))
     emit(model, plan)
     report("compare with float", 0, 1)
@@ -115,6 +116,7 @@ def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Co
     model = load_canonical(path, convert_fp16=convert_fp16)
     rotate(model, plan.recipe)
     fold(model, plan)
+    prune(model)
     emit(model, plan)
     lower(model, plan.recipe.target)
     return Compiled(model, plan)
@@ -134,7 +136,7 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
             f"({len(find_convolutions(model))} of them convolutions). "
             "mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
         )
-    for make in (UnfoldPatches, FoldAffine, SeparateProjections, PruneTokens, StampSites):
+    for make in (UnfoldPatches, FoldAffine, SeparateProjections, StampSites):
         make(concrete_shapes(model))(model)
     return model
 
@@ -163,6 +165,15 @@ def fold(model: ir.Model, plan: QuantPlan) -> None:
     """Canonical to smoothed, in place."""
     shapes = concrete_shapes(model)
     run_passes(model, [FoldSmoothing(plan, shapes), FoldAttention(plan, shapes)])
+
+
+def prune(model: ir.Model) -> None:
+    """Leave out the tokens that nothing reads, in place.
+
+    Only now: what the searches see of the last block would else be a single row of each image, and what they fit to
+    so few rows does not hold for others.
+    """
+    PruneTokens(concrete_shapes(model))(model)
 
 
 def quantize(model: ir.Model, plan: QuantPlan) -> None:

@@ -148,8 +148,8 @@ def _collect(group: Sequence[Member], exact_side: Frontier, quantized_side: Fron
 
 def _row_step(side: Frontier, name: str) -> int:
     """Every how many rows one is taken, so that all images together give about `MOST_ROWS`."""
-    images, rows, _ = _rows(side, name, 0).shape
-    return max(1, side.batches * images * rows // MOST_ROWS)
+    images, rows = _rows(side, name, 0).shape[:2]
+    return int(max(1, side.batches * images * rows // MOST_ROWS))
 
 
 def _target(
@@ -157,13 +157,13 @@ def _target(
 ) -> Array:
     """What the Linear should give for the chosen rows of each image, [images·rows, N]."""
     linear, residual = member.linear, member.residual
-    target = exact.reshape(-1, exact.shape[-1]) @ linear.weight + linear.bias
-    if residual is None:
-        return target
-    before = exact_side.value(str(_stream(linear, residual).name), batch)
-    after = quantized_side.value(str(_stream(member.twin, residual).name), batch)
-    drift = (before - after).reshape(len(exact), -1)[:, residual.element]
-    return target + drift.reshape(len(exact), -1, target.shape[1])[:, chosen].reshape(target.shape)
+    target: Array = exact.reshape(-1, exact.shape[-1]) @ linear.weight + linear.bias
+    if residual is not None:
+        before = exact_side.value(str(_stream(linear, residual).name), batch).astype(np.float32, copy=False)
+        after = quantized_side.value(str(_stream(member.twin, residual).name), batch).astype(np.float32, copy=False)
+        drift = (before - after).reshape(len(exact), -1)[:, residual.element]
+        target += drift.reshape(len(exact), -1, target.shape[1])[:, chosen].reshape(target.shape)
+    return target
 
 
 def _solve(fit: Moments, held_out: Moments, group: Sequence[Member]) -> dict[str, NDArray[np.generic]]:
