@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mptqc.graph.edit import Builder, add_initializer, constant_of, is_op, remove_dead, replace_value, set_initializer
 from mptqc.graph.layout import Shapes
-from mptqc.passes.base import Pass, PassResult
+from mptqc.passes.base import Pass, PassResult, Stage
 
 TOKEN_AXIS = 1
 LARGEST_SHARE = 0.5
@@ -42,6 +42,7 @@ class PruneTokens(Pass):
     """Leave out the rows of tokens that nothing reads. Runs after `SeparateProjections`, on float models."""
 
     name: ClassVar[str] = "prune-tokens"
+    requires: ClassVar[tuple[Stage, ...]] = (Stage.RAW, Stage.CANONICAL, Stage.NORMS_SMOOTHED, Stage.SMOOTHED)
     shapes: Shapes
 
     def call(self, model: ir.Model) -> PassResult:

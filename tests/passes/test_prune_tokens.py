@@ -250,7 +250,7 @@ def test_golden(parse, as_text):
 
 def test_wrong_stage_raises(tiny_vit):
     model = separated(tiny_vit())
-    model.metadata_props[STAGE_KEY] = Stage.CANONICAL
+    model.metadata_props[STAGE_KEY] = Stage.QUANTIZED
     with pytest.raises(StageError, match="prune-tokens"):
         PruneTokens({})(model)
 
