@@ -60,7 +60,7 @@ class Recipe(BaseModel):
         views: augmented views made of each calibration image, the image itself included; 1 makes none.
         seed: seed of every random choice.
         range_method: how activation ranges are found.
-        rotation: rotation of the residual streams, seeded by `seed`.
+        rotation: rotation of the residual streams and of the heads, seeded by `seed`.
         smoothing: SQ-b, scale and shift folded through LayerNorm.
         alphas: migration strengths tried per norm by SQ-b.
         opt_m: two-region quantizers for post-GELU and post-softmax tensors.

@@ -43,7 +43,7 @@ def compile(
         str | None, typer.Option("--range-method", help="min-max, percentile, mse or output (default: output).")
     ] = None,
     rotation: Annotated[
-        bool | None, typer.Option("--rotation/--no-rotation", help="Rotate the residual streams (default: off).")
+        bool | None, typer.Option("--rotation/--no-rotation", help="Rotate residual streams and heads (default: off).")
     ] = None,
     views: Annotated[
         int | None,
