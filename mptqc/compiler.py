@@ -26,6 +26,7 @@ from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
 from mptqc.passes.fold_attention import FoldAttention
+from mptqc.passes.fold_gelu import FoldGelu
 from mptqc.passes.fold_smoothing import FoldSmoothing
 from mptqc.passes.lower_to_cpu import LowerToCpu
 from mptqc.passes.lower_to_native import LowerToNative
@@ -35,6 +36,7 @@ from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
 from mptqc.passes.rotate_heads import RotateHeads
 from mptqc.passes.rotate_streams import RotateStreams
+from mptqc.passes.scale_probabilities import ScaleProbabilities
 from mptqc.passes.separate_projections import SeparateProjections
 from mptqc.passes.set_biases import SetBiases
 from mptqc.passes.stamp_sites import StampSites
@@ -164,7 +166,9 @@ def rotate(model: ir.Model, recipe: Recipe) -> None:
 def fold(model: ir.Model, plan: QuantPlan) -> None:
     """Canonical to smoothed, in place."""
     shapes = concrete_shapes(model)
-    run_passes(model, [FoldSmoothing(plan, shapes), FoldAttention(plan, shapes)])
+    run_passes(model, [FoldSmoothing(plan, shapes), FoldAttention(plan, shapes), FoldGelu(plan, shapes)])
+    if plan.recipe.row_scale:
+        ScaleProbabilities()(model)
 
 
 def prune(model: ir.Model) -> None:

@@ -98,6 +98,16 @@ class NormFold(Frozen):
     alpha: float
 
 
+class GeluFold(Frozen):
+    """A scale between GELU and the Linears that read it. Array `<site>/input_scale`, [K]: x' = x/scale.
+
+    `site` is the first of those Linears.
+    """
+
+    site: str
+    alpha: float
+
+
 class AttentionFold(Frozen):
     """Folds through one attention. Arrays [heads·d]: `<site>/k_shift`, `/v_shift`, `/qk_scale`, `/v_scale`.
 
@@ -123,6 +133,7 @@ class QuantPlan(Frozen):
     recipe: Recipe
     norm_folds: tuple[NormFold, ...] = ()
     attention_folds: tuple[AttentionFold, ...] = ()
+    gelu_folds: tuple[GeluFold, ...] = ()
     layers: tuple[LayerPlan, ...] = ()
     attentions: tuple[AttentionPlan, ...] = ()
     refusals: tuple[Refusal, ...] = ()

@@ -65,6 +65,8 @@ class Recipe(BaseModel):
         alphas: migration strengths tried per norm by SQ-b.
         opt_m: two-region quantizers for post-GELU and post-softmax tensors.
         attention_folds: K and V shifts, q/k and v/proj scales.
+        row_scale: attention probabilities are quantized relative to the largest of their row.
+        gelu_folds: a scale per channel between GELU and the Linear that reads it.
         compensation: sequential ridge, GPTQ and bias refit of every Linear.
         sites: overrides by site pattern (shell wildcards), the last match wins, e.g.
             {"block0?.fc2": {"activation_bits": 8}}.
@@ -86,6 +88,8 @@ class Recipe(BaseModel):
     alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.7, 0.85, 1.0)
     opt_m: bool = True
     attention_folds: bool = True
+    row_scale: bool = True
+    gelu_folds: bool = True
     compensation: bool = True
     sites: Mapping[str, SiteOverride] = Field(default_factory=dict)
 

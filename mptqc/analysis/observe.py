@@ -2,7 +2,7 @@
 
 Rows (token vectors) of a Linear's input: random rows, evenly from all images, weighted to stand for all rows, and the
 rows with the largest values of all, each with weight 1: random samples alone miss massive activations.
-Attention operands: whole (window, head) slices, spread evenly over the images.
+Attention operands: (window, head) slices, spread evenly over the images, all keys and some of the queries of each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,7 @@ RANDOM_ROWS = 1024
 EXTREME_ROWS = 128
 SLICE_ELEMENTS = 1_250_000
 LEAST_SLICES, MOST_SLICES = 8, 512
+MOST_QUERIES = 64
 BATCH_BYTES = 400_000_000
 
 
@@ -43,7 +44,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Slices:
-    """Sampled operands of one attention: q [n, T, d], k [n, S, d], p [n, T, S], v [n, S, d]; `heads` [n]."""
+    """Sampled operands of one attention: q [n, T, d], k [n, S, d], p [n, T, S], v [n, S, d]; `heads` [n].
+
+    T: as many of the queries as `MOST_QUERIES`, chosen for each slice anew.
+    """
 
     q: Array
     k: Array
@@ -121,6 +125,11 @@ class _SliceCollector:
         chosen = np.sort(self.random.choice(slices, min(due, slices), replace=False))
         flat = [value.reshape(slices, *value.shape[-2:])[chosen] for value in (q, k, p, v)]
         flat[1] = np.ascontiguousarray(np.swapaxes(flat[1], 1, 2))
+        queries = flat[0].shape[1]
+        if queries > MOST_QUERIES:
+            order = self.random.permuted(np.tile(np.arange(queries), (len(chosen), 1)), axis=1)[:, :MOST_QUERIES]
+            for index in (0, 2):
+                flat[index] = np.take_along_axis(flat[index], order[:, :, None], axis=1)
         self.parts.append(tuple(flat))
         self.heads.append(chosen % q.shape[-3])
 
@@ -181,7 +190,8 @@ def _slices_wanted(probabilities: tuple[int, ...], images: int) -> int:
     """How many (window, head) slices to keep, within the memory set for one attention."""
     rows, columns = probabilities[-2:]
     available = images * int(np.prod(probabilities[:-2]))
-    return min(available, max(LEAST_SLICES, min(MOST_SLICES, SLICE_ELEMENTS // (rows * columns))))
+    elements = min(rows, MOST_QUERIES) * columns
+    return min(available, max(LEAST_SLICES, min(MOST_SLICES, SLICE_ELEMENTS // elements)))
 
 
 def run_batches(

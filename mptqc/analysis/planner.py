@@ -8,17 +8,18 @@ from numpy.typing import NDArray
 
 from mptqc.analysis.observe import Observations, Progress, observe, origin
 from mptqc.analysis.ranges import search_attention, search_linear_input
-from mptqc.analysis.smoothing import plan_attention, plan_norm
+from mptqc.analysis.smoothing import Smoothing, plan_attention, plan_gelu, plan_norm
 from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
 from mptqc.data.samples import Samples
 from mptqc.errors import RefusalError
-from mptqc.graph.blocks import Projections, attention_projections, norm_readers
+from mptqc.graph.blocks import Activation, Projections, attention_projections, find_activations, follows_gelu, norm_readers
 from mptqc.graph.edit import is_op
 from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms, site_of
 from mptqc.plan import (
     ActivationQuantizer,
     AttentionFold,
     AttentionPlan,
+    GeluFold,
     LayerPlan,
     NormFold,
     QuantPlan,
@@ -38,14 +39,15 @@ def plan_folds(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPla
     refusals = list(plan.refusals)
     norms = _foldable_norms(model, shapes, refusals) if recipe.smoothing else []
     attentions = _foldable_attentions(model, shapes, refusals) if recipe.attention_folds else []
-    if not norms and not attentions:
+    activations = _foldable_activations(model, shapes, refusals) if recipe.gelu_folds else []
+    if not norms and not attentions and not activations:
         return plan.model_copy(update={"refusals": tuple(refusals)})
-    values = [norm.output for norm, _ in norms]
+    values = [norm.output for norm, _ in norms] + [activation.output for activation in activations]
     for _, around in attentions:
         values += [around.q.output, around.k.output, around.v.output, around.proj.input]
     seen = observe(model, samples, values, [attention for attention, _ in attentions], shapes, recipe.seed, report)
     arrays: dict[str, NDArray[np.generic]] = {}
-    norm_folds, attention_folds = [], []
+    norm_folds, attention_folds, gelu_folds = [], [], []
     for done, (norm, linears) in enumerate(norms):
         report("smooth norms", done, len(norms))
         bits = [recipe.bits_of(linear.site) for linear in linears]
@@ -65,13 +67,32 @@ def plan_folds(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPla
         found = _plan_attention(attention, around, seen, recipe)
         attention_folds.append(AttentionFold(site=attention.site))
         arrays |= {f"{attention.site}/{key}": array for key, array in found.items()}
+    for done, activation in enumerate(activations):
+        report("smooth GELUs", done, len(activations))
+        scaling = _plan_gelu(activation, seen, recipe)
+        if scaling.alpha is not None:
+            gelu_folds.append(GeluFold(site=activation.site, alpha=scaling.alpha))
+            arrays[f"{activation.site}/input_scale"] = scaling.scale
     return plan.model_copy(
         update={
             "norm_folds": tuple(norm_folds),
             "attention_folds": tuple(attention_folds),
+            "gelu_folds": tuple(gelu_folds),
             "refusals": tuple(refusals),
         }
     ).with_arrays(arrays)
+
+
+def _plan_gelu(activation: Activation, seen: Observations, recipe: Recipe) -> Smoothing:
+    bits = [recipe.bits_of(linear.site) for linear in activation.linears]
+    return plan_gelu(
+        seen.rows[str(activation.output.name)],
+        [linear.weight for linear in activation.linears],
+        min(weight_bits for weight_bits, _ in bits),
+        min(activation_bits for _, activation_bits in bits),
+        recipe.seed,
+        two_regions=recipe.opt_m,
+    )
 
 
 def _plan_attention(
@@ -121,6 +142,12 @@ def _foldable_attentions(
     return found
 
 
+def _foldable_activations(model: ir.Model, shapes: Shapes, refusals: list[Refusal]) -> list[Activation]:
+    found, refused = find_activations(model, shapes)
+    refusals += [Refusal(site=name, what="GELU fold", reason=reason) for name, reason in refused]
+    return found
+
+
 def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPlan, report: Progress) -> QuantPlan:
     """Add the quantizer of every Linear and attention; `model` has the plan's folds applied."""
     recipe = plan.recipe
@@ -137,7 +164,7 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
         rows = seen.rows[name]
         if (name, bits) not in inputs:
             sharing = [other.weight for other in linears if other.input is linear.input]
-            after_gelu = is_op(origin(linear.input, shapes).producer(), "Gelu")
+            after_gelu = follows_gelu(origin(linear.input, shapes))
             inputs[name, bits] = search_linear_input(
                 rows, sharing, bits, recipe.range_method, two_regions=recipe.opt_m and after_gelu, seed=recipe.seed
             )

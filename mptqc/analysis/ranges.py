@@ -2,7 +2,7 @@
 
 Linear       ‖(Q(x) − x)W‖²
 q, k         ‖(Q(q) − q)kᵀ‖², ‖q(Q(k) − k)ᵀ‖², each row's mean removed (softmax does not see it)
-softmax, v   ‖(Q(P) − P)V‖², ‖P(Q(v) − v)‖²
+softmax, v   ‖(Q(P) − P)V‖², ‖P(Q(v) − v)‖², with r·E for P where rows are scaled: then E is what is quantized
 """
 
 from collections.abc import Callable, Sequence
@@ -120,6 +120,7 @@ def search_attention(
 ) -> AttentionPlan:
     """The four operand quantizers of one attention; two regions are tried for the probabilities only."""
     q, k, p, v = slices.q, slices.k, slices.p, slices.v
+    row_scale = 1 / p.sum(axis=-1, keepdims=True)  # 1, or r where p is E: probabilities sum to 1
     k_centred = k - k.mean(axis=1, keepdims=True)
     k_moment = np.matmul(k_centred.transpose(0, 2, 1), k_centred)
     q_moment = np.matmul(q.transpose(0, 2, 1), q)
@@ -134,10 +135,10 @@ def search_attention(
         return float(np.sum(np.matmul(error, q_moment) * error))
 
     def p_error(quantizer: ActivationQuantizer) -> float:
-        return float(np.square(np.matmul(fake_quantize(quantizer, p) - p, v)).sum())
+        return float(np.square(np.matmul(fake_quantize(quantizer, p) - p, v) * row_scale).sum())
 
     def v_error(quantizer: ActivationQuantizer) -> float:
-        return float(np.square(np.matmul(p, fake_quantize(quantizer, v) - v)).sum())
+        return float(np.square(np.matmul(p, fake_quantize(quantizer, v) - v) * row_scale).sum())
 
     def search(values: Array, error: OutputError, allowed: bool) -> ActivationQuantizer:
         points = points_of(values, None, float(values.min()), float(values.max()), seed)

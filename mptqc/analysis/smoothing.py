@@ -3,6 +3,7 @@
 Norm:  b = (hi + lo)/2,  r = (hi − lo)/2,  s = r^α / max|W|^(1−α) per channel; α by the error of the readers' output
        with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b).
 K, V:  b = (hi + lo)/2 per channel;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α).
+GELU:  s = r^a per channel of its output, r the largest magnitude; "no scale" competes too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.analysis.candidates import points_of, uniform_candidates
+from mptqc.analysis.candidates import points_of, two_region_candidates, uniform_candidates
 from mptqc.analysis.observe import Rows, Slices
 from mptqc.analysis.weights import search_weight_scale
 from mptqc.plan import ActivationQuantizer
@@ -22,6 +23,7 @@ Array = NDArray[np.float32]
 SMALLEST = 1e-6
 LARGEST_RATIO = 1e4
 EXPONENTS = (0.0, 0.5, 1.0)
+GELU_EXPONENTS = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,54 @@ def _half_range(rows: Rows) -> Array:
 
 
 def _trial_error(
-    rows: Rows, weight: Array, trial: Smoothing, weight_bits: int, activation_bits: int, seed: int
+    rows: Rows,
+    weight: Array,
+    trial: Smoothing,
+    weight_bits: int,
+    activation_bits: int,
+    seed: int,
+    *,
+    two_regions: bool = False,
 ) -> float:
     """‖Q(x')Q(W') − x'W'‖² over sampled rows."""
     smoothed = (rows.rows - trial.shift) / trial.scale
     scaled = trial.scale[:, None] * weight
     low, high = (rows.low - trial.shift) / trial.scale, (rows.high - trial.shift) / trial.scale
     points = points_of(smoothed, rows.weights, float(low.min()), float(high.max()), seed)
-    quantizer = uniform_candidates(points, activation_bits)[0].quantizer
+    candidates = uniform_candidates(points, activation_bits)
+    if two_regions:
+        candidates += two_region_candidates(points, activation_bits)
+    quantizer = min(candidates, key=lambda scored: scored.error).quantizer
     weight_scale = search_weight_scale(scaled, weight_bits, None)
     codes = quantize_weight(scaled, weight_scale, weight_bits) * weight_scale
     error = fake_quantize(quantizer, smoothed) @ codes - smoothed @ scaled
     return float(rows.weights @ np.square(error).sum(axis=1))
+
+
+def plan_gelu(
+    rows: Rows, weights: Sequence[Array], weight_bits: int, activation_bits: int, seed: int, *, two_regions: bool
+) -> Smoothing:
+    """The scale of one GELU's output; its shift is 0: exact zeros stay zeros.
+
+    Args:
+        rows: samples of the GELU's output, [n, K].
+        weights: W [K, N] of each reader.
+        weight_bits: of the readers; activation_bits: of their common input.
+        seed: of the choice of elements.
+        two_regions: whether that input may have an OPT-m quantizer.
+    """
+    weight = np.concatenate(weights, axis=1)
+    reach = np.maximum(np.maximum(np.abs(rows.low), np.abs(rows.high)), SMALLEST)
+    no_shift = np.zeros_like(reach)
+    trials = [Smoothing(None, no_shift, np.ones_like(reach))]
+    for exponent in GELU_EXPONENTS:
+        logarithm = exponent * np.log(reach)
+        trials.append(Smoothing(exponent, no_shift, np.exp(logarithm - logarithm.mean()).astype(np.float32)))
+    errors = [
+        _trial_error(rows, weight, trial, weight_bits, activation_bits, seed, two_regions=two_regions)
+        for trial in trials
+    ]
+    return trials[int(np.argmin(errors))]
 
 
 def plan_attention(

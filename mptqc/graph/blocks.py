@@ -1,4 +1,4 @@
-"""Who may be compensated: the Linears that read a norm, and the four Linears around an attention."""
+"""Who may be compensated: the Linears that read a norm or a GELU, and the four Linears around an attention."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.errors import RefusalError
-from mptqc.graph.edit import constant_of, is_op, only_consumer
+from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 from mptqc.graph.layout import Shapes, readers, trace
 from mptqc.graph.match import Attention, Linear, Norm, find_linears, match_linear_output
 
@@ -33,21 +33,72 @@ def norm_readers(norm: Norm, model: ir.Model, shapes: Shapes) -> list[Linear]:
     Raises:
         RefusalError: something that cannot be compensated reads the norm too.
     """
+    return channel_readers(norm.output, norm.site, model, shapes)
+
+
+def channel_readers(value: ir.Value, name: str, model: ir.Model, shapes: Shapes) -> list[Linear]:
+    """The Linears that read the channels (last axis) of a value, in order.
+
+    Raises:
+        RefusalError: something that cannot be compensated reads `value`, called `name`, too.
+    """
     by_node = {linear.matmul: linear for linear in find_linears(model)}
-    width = len(norm.gamma)
+    width = shapes[str(value.name)][-1]
     found = []
-    for reader in readers(norm.output, shapes):
+    for reader in readers(value, shapes):
         linear = None if reader.node is None else by_node.get(reader.node)
         if linear is None or reader.value is not linear.input:
             what = "the model's output" if reader.node is None else f"{reader.node.op_type} {reader.node.name}"
-            raise RefusalError(f"{norm.site} is also read by {what}, which cannot be compensated")
+            raise RefusalError(f"{name} is also read by {what}, which cannot be compensated")
         channels = reader.trace.channels(shapes)
         if channels.shape[-1] != width or not np.array_equal(
             channels, np.broadcast_to(np.arange(width), channels.shape)
         ):
-            raise RefusalError(f"{linear.site} reads the channels of {norm.site} in another order")
+            raise RefusalError(f"{linear.site} reads the channels of {name} in another order")
         found.append(linear)
     return found
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A Gelu whose channels are read by Linears alone; its site is the first one's."""
+
+    gelu: ir.Node
+    linears: list[Linear]
+
+    @property
+    def site(self) -> str:
+        """The stamped site id of the first Linear."""
+        return self.linears[0].site
+
+    @property
+    def output(self) -> ir.Value:
+        """GELU's output, [.., K]."""
+        return self.gelu.outputs[0]
+
+
+def find_activations(model: ir.Model, shapes: Shapes) -> tuple[list[Activation], list[tuple[str, str]]]:
+    """Every Gelu that Linears read, in graph order, and (name, reason) of those that something else reads too."""
+    found, refused = [], []
+    for node in model.graph:
+        if not is_op(node, "Gelu"):
+            continue
+        try:
+            linears = channel_readers(node.outputs[0], f"Gelu {node.name}", model, shapes)
+        except RefusalError as error:
+            refused.append((str(node.name), str(error)))
+            continue
+        if linears:
+            found.append(Activation(node, linears))
+    return found, refused
+
+
+def follows_gelu(value: ir.Value) -> bool:
+    """True for a GELU's output, also where `FoldGelu` scaled its channels."""
+    scaled = producer(value, "Mul")
+    if scaled is not None and constant_of(scaled.inputs[1]) is not None:
+        return producer(scaled.inputs[0], "Gelu") is not None
+    return producer(value, "Gelu") is not None
 
 
 def attention_projections(attention: Attention, model: ir.Model, shapes: Shapes) -> Projections:

@@ -3,6 +3,7 @@
 Linear      MatMul(x, W[K,N]) -> Add(b[N])
 Norm        LayerNormalization(x, γ[C], β[C]) over the last axis
 Attention   MatMul(q[…,T,d], k[…,d,S]) -> (Add/Reshape/Mul/Where)* -> Softmax -> MatMul(P, v[…,S,d])
+            or, its rows scaled, Softmax -> Div(P, r = ReduceMax(P)) -> MatMul(E, v) -> Mul(r)
 Convolution Conv(x, W[N,C,kh,kw], b[N])
 """
 
@@ -107,11 +108,15 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(qk + …)v, however the heads are laid out; `q`, `k`, `p`, `v` are the operands of the two products."""
+    """softmax(qk + …)v, however the heads are laid out; `q`, `k`, `p`, `v` are the operands of the two products.
+
+    `row_scale` multiplies the second product by the largest probability of each row, if `p` was divided by it.
+    """
 
     scores: ir.Node
     softmax: ir.Node
     context: ir.Node
+    row_scale: ir.Node | None = None
 
     @property
     def site(self) -> str:
@@ -130,7 +135,7 @@ class Attention:
 
     @property
     def p(self) -> ir.Value:
-        """[…, T, S]."""
+        """[…, T, S]: the probabilities, or what is left of them when each row is divided by its largest."""
         return _input(self.context, 0)
 
     @property
@@ -235,15 +240,27 @@ def match_attention(softmax: ir.Node) -> Attention | None:
     """The attention around this Softmax (over the last axis, as `NormaliseSoftmax` writes it), or None."""
     if not is_op(softmax, "Softmax") or softmax.attributes.get_int("axis", -1) != -1:
         return None
-    context = only_consumer(softmax.outputs[0])
-    if not is_op(context, "MatMul") or context is None or context.inputs[0] is not softmax.outputs[0]:
+    divided = match_scaled_rows(softmax.outputs[0])
+    p = softmax.outputs[0] if divided is None else divided
+    context = only_consumer(p)
+    if not is_op(context, "MatMul") or context is None or context.inputs[0] is not p:
         return None
     if constant_of(context.inputs[1]) is not None:
         return None
+    row_scale = None if divided is None else only_consumer(context.outputs[0])
     for node in _above_softmax(softmax):
         if is_op(node, "MatMul") and all(constant_of(value) is None for value in node.inputs):
-            return Attention(node, softmax, context)
+            return Attention(node, softmax, context, row_scale)
     return None
+
+
+def match_scaled_rows(probabilities: ir.Value) -> ir.Value | None:
+    """P/r, if `ScaleProbabilities` divided the probabilities P by the largest of each row, r; else None."""
+    divide = next((node for node in probabilities.consumers() if is_op(node, "Div")), None)
+    largest = None if divide is None else producer(divide.inputs[1], "ReduceMax")
+    if divide is None or largest is None or largest.inputs[0] is not probabilities:
+        return None
+    return divide.outputs[0] if set(probabilities.consumers()) == {divide, largest} else None
 
 
 def _above_softmax(softmax: ir.Node) -> Iterator[ir.Node]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.errors import PlanError
-from mptqc.graph.edit import Builder, is_op
+from mptqc.graph.edit import Builder, constant_of, producer
 from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
 
 CODES = 256
@@ -160,8 +160,20 @@ def _fits(zero_point: int, signed: bool) -> bool:
 
 
 def lowest_code(x: ir.Value, scale: float) -> int | None:
-    """The smallest round(x/scale) that the op which makes `x` can lead to; None if it has no bound."""
-    node = x.producer()
-    if node is None or not is_op(node, *_LOWEST):
+    """The smallest round(x/scale) that the ops which make `x` can lead to; None if it has no bound."""
+    lowest = _lowest(x)
+    return None if lowest is None else int(np.rint(np.float32(lowest) / np.float32(scale)))
+
+
+def _lowest(x: ir.Value | None) -> float | None:
+    """A bound from below on `x`, also through the ops of `ScaleProbabilities` and `FoldGelu`."""
+    node = producer(x, *_LOWEST, "Div", "Mul")
+    if node is None or node.op_type in _LOWEST:
+        return None if node is None else _LOWEST[node.op_type]
+    lowest = _lowest(node.inputs[0])
+    if node.op_type == "Div":
+        return lowest if producer(node.inputs[1], "ReduceMax") is not None and lowest == 0 else None
+    factor = constant_of(node.inputs[1])
+    if lowest is None or factor is None or not (factor > 0).all():
         return None
-    return int(np.rint(np.float32(_LOWEST[node.op_type]) / np.float32(scale)))
+    return lowest * float(factor.max())
