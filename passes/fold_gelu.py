@@ -39,7 +39,10 @@ class FoldGelu(Pass):
         activations = {activation.site: activation for activation in find_activations(model, self.shapes)[0]}
         missing = [fold.site for fold in self.plan.gelu_folds if fold.site not in activations]
         if missing:
-            raise PlanError(f"the plan scales the input of {', '.join(missing)}, which is no GELU's output in the model")
+            raise PlanError(
+                f"the plan scales the input of {', '.join(missing)}, which is no GELU's output in the model; the plan "
+                "belongs to another model"
+            )
         found = [(activations[fold.site], self._scale(activations[fold.site])) for fold in self.plan.gelu_folds]
         for activation, scale in found:
             _fold(activation, scale)

@@ -3,7 +3,7 @@
     quantizers -> scores -> (+ bias) -> Softmax -> quantizer -> context (-> quantizer)  =>  Attention(Quantize)
     LayerNormalization -> quantizer -> movement of rows                                 =>  LayerNormQuantize
     quantizer -> unfolded patches                                                       =>  QuantizePatches
-    integer product -> Gelu -> quantizer, or -> movement of rows -> Add(residual)       =>  Linear(Quantize)
+    integer product -> Gelu (-> Mul) -> quantizer, or -> movement of rows -> Add(residual)       =>  Linear(Quantize)
 
 Each is found in the graph that the one before leaves. What an operator cannot express keeps its portable form, and the
 model's metadata says why (`lowering_report`). A second run is refused by its stage.
@@ -122,10 +122,14 @@ def _linears(model: ir.Model) -> list[tuple[str, IntegerProduct]]:
 
 
 def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
-    site, context = found.scores.site, found.context
-    anchor = context.last if found.output is None else _maker(found.output.codes)
+    site = found.scores.site
+    anchor = _maker(found.result if found.output is None else found.output.codes)
     build = Builder(anchor, site)
-    attributes: dict[str, int | float] = {"heads": found.heads, **found.p.quantizer.attributes("p")}
+    attributes: dict[str, int | float] = {
+        "heads": found.heads,
+        "row_scale": int(found.row_scale),
+        **found.p.quantizer.attributes("p"),
+    }
     inputs: list[ir.Value | None] = []
     for letter, operand, axis in (("q", found.q, 2), ("k", found.k, 3), ("v", found.v, 3)):
         inputs.append(_side_by_side(operand, found, axis, Builder(anchor, f"{site}/{letter}"), shapes))
@@ -137,7 +141,7 @@ def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
         op_type = "AttentionQuantize"
         attributes |= found.output.quantizer.attributes("output")
     output = emit_native(op_type, inputs, attributes, site, build).outputs[0]
-    batch, heads, tokens, size = shapes.of(context.output)
+    batch, heads, tokens, size = shapes.of(found.result)
     for target in found.targets:
         _put(output, (batch, tokens, heads * size), target, build, shapes)
 
@@ -208,6 +212,7 @@ def _lower_linear(found: LinearPattern) -> None:
     if found.quantizer is not None:
         op_type = "LinearQuantize"
         attributes |= found.quantizer.quantizer.attributes("output")
+        operands.append(found.multiplier)
     elif found.residual is not None:
         add, index = found.residual
         operands.append(add.inputs[index])

@@ -12,7 +12,14 @@ from mptqc.analysis.smoothing import Smoothing, plan_attention, plan_gelu, plan_
 from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
 from mptqc.data.samples import Samples
 from mptqc.errors import RefusalError
-from mptqc.graph.blocks import Activation, Projections, attention_projections, find_activations, follows_gelu, norm_readers
+from mptqc.graph.blocks import (
+    Activation,
+    Projections,
+    attention_projections,
+    find_activations,
+    follows_gelu,
+    norm_readers,
+)
 from mptqc.graph.edit import is_op
 from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms, site_of
 from mptqc.plan import (

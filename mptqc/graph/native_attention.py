@@ -11,6 +11,7 @@ from mptqc.graph.batch_shapes import Batches, divisors
 from mptqc.graph.edit import constant_of, is_op, only_consumer
 from mptqc.graph.integer_products import IntegerProduct
 from mptqc.graph.layout import Reader, readers, trace
+from mptqc.graph.match import match_scaled_rows
 from mptqc.graph.quantizer_match import FoundQuantizer, match_quantizer, quantizers_of
 from mptqc.reference.custom_ops import MOST_TERMS
 
@@ -24,7 +25,8 @@ class AttentionPattern:
     """Both products of an attention, from the codes of q, k and v to `targets`, where the heads lie side by side.
 
     `added` are what is added to the scores, [W, 1 or H, 1 or T, S] each; `output` quantizes the context, if all
-    that reads it is quantized alike.
+    that reads it is quantized alike. `row_scale`: the probabilities are quantized relative to their row's largest, which
+    `result` gives back to the context; else `result` is the second product's output.
     """
 
     scores: IntegerProduct
@@ -35,6 +37,8 @@ class AttentionPattern:
     v: FoundQuantizer
     p: FoundQuantizer
     added: tuple[NDArray[np.float32], ...]
+    row_scale: bool
+    result: ir.Value
     output: FoundQuantizer | None
     targets: tuple[ir.Value, ...]
 
@@ -51,7 +55,8 @@ def match_attention(scores: IntegerProduct, context: IntegerProduct, shapes: Bat
     if max(shape[3], shapes.of(scores.left)[3]) > MOST_TERMS:
         raise RefusalError(f"it sums more than {MOST_TERMS} products")
     added, softmax = _score_path(scores, shapes)
-    quantizers = quantizers_of(softmax.outputs[0])
+    divided = match_scaled_rows(softmax.outputs[0])
+    quantizers = quantizers_of(softmax.outputs[0] if divided is None else divided)
     if quantizers is None or len(quantizers) != 1 or shapes.of(softmax.outputs[0]) != shape:
         raise RefusalError(f"{softmax.name} is not read by one quantizer alone")
     p = quantizers[0]
@@ -69,8 +74,17 @@ def match_attention(scores: IntegerProduct, context: IntegerProduct, shapes: Bat
     ):
         if not found.agrees(scale, zero_point):
             raise RefusalError(f"its product does not take the codes of {letter} as they are made")
-    output, targets = _joined_heads(context.output, shapes)
-    return AttentionPattern(scores, context, shape[1], q, k, v, p, added, output, targets)
+    result = context.output if divided is None else _restored(context.output, divided)
+    output, targets = _joined_heads(result, shapes)
+    return AttentionPattern(scores, context, shape[1], q, k, v, p, added, divided is not None, result, output, targets)
+
+
+def _restored(context: ir.Value, divided: ir.Value) -> ir.Value:
+    """The context multiplied by what its rows of probabilities were divided by."""
+    divide, restore = divided.producer(), only_consumer(context)
+    if divide is None or not is_op(restore, "Mul") or restore is None or divide.inputs[1] not in restore.inputs:
+        raise RefusalError(f"{context.name} is not multiplied by what {divided.name} was divided by")
+    return restore.outputs[0]
 
 
 def _score_path(scores: IntegerProduct, shapes: Batches) -> tuple[tuple[NDArray[np.float32], ...], ir.Node]:

@@ -5,6 +5,7 @@ portable form. Movement is never matched op by op: indices are pushed through it
 in `native_attention`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from mptqc.errors import RefusalError
 from mptqc.graph.batch_shapes import Batches, divisors
-from mptqc.graph.edit import is_op, only_consumer, scalar_of
+from mptqc.graph.edit import constant_of, is_op, only_consumer, scalar_of
 from mptqc.graph.integer_products import IntegerProduct
 from mptqc.graph.layout import MOVEMENT_OPS, readers, trace
 from mptqc.graph.match import Norm
@@ -148,7 +149,7 @@ def match_patches(product: IntegerProduct, shapes: Batches) -> PatchesPattern | 
 
 @dataclass(frozen=True)
 class LinearPattern:
-    """A Linear and what follows it: GELU, then a quantizer or the Add of a residual stream.
+    """A Linear and what follows it: GELU, then (scaled by `multiplier` [N]) a quantizer, or the Add of a residual stream.
 
     `residual` is the Add and the index of its other input; `rows` as `Linear` takes it, [1] if no row moves; `output`
     is what the operator gives.
@@ -158,6 +159,7 @@ class LinearPattern:
     input_scale: float
     input_zero_point: int
     activation: str
+    multiplier: ir.Value | None
     quantizer: FoundQuantizer | None
     residual: tuple[ir.Node, int] | None
     rows: NDArray[np.int64]
@@ -186,15 +188,27 @@ def match_linear(product: IntegerProduct, shapes: Batches, claimed: set[ir.Node]
     if after is not None and is_op(after, "Gelu") and after.attributes.get_string("approximate", "none") == "none":
         value, activation = after.outputs[0], "gelu"
     no_rows = np.zeros(1, np.int64)
-    quantizers = quantizers_of(value)
-    if quantizers is not None and len(quantizers) == 1 and not quantizers[0].signed:
-        return LinearPattern(*taken, activation, quantizers[0], None, no_rows, quantizers[0].codes)
+    for x, multiplier in ((value, None), *_scaled(value)):
+        quantizers = quantizers_of(x)
+        if quantizers is not None and len(quantizers) == 1 and not quantizers[0].signed:
+            return LinearPattern(*taken, activation, multiplier, quantizers[0], None, no_rows, quantizers[0].codes)
     found = _residual(value, shapes, claimed)
     if found is None:
-        return LinearPattern(*taken, activation, None, None, no_rows, value)
+        return LinearPattern(*taken, activation, None, None, None, no_rows, value)
     add, index, rows = found
     claimed.add(add)
-    return LinearPattern(*taken, activation, None, (add, index), rows, add.outputs[0])
+    return LinearPattern(*taken, activation, None, None, (add, index), rows, add.outputs[0])
+
+
+def _scaled(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """`value` times one constant for each channel, and that constant [N], if nothing else reads `value`."""
+    node = only_consumer(value)
+    if node is None or not is_op(node, "Mul"):
+        return
+    multiplier = node.inputs[1 if node.inputs[0] is value else 0]
+    array = constant_of(multiplier)
+    if multiplier is not None and array is not None and array.ndim == 1 and array.dtype == np.float32:
+        yield node.outputs[0], multiplier
 
 
 def _residual(value: ir.Value, shapes: Batches, claimed: set[ir.Node]) -> tuple[ir.Node, int, NDArray[np.int64]] | None:

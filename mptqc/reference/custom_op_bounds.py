@@ -18,12 +18,14 @@ from mptqc.reference.custom_ops import (
     AttentionScales,
     CodeQuantizer,
     attention_probabilities,
+    by_context,
     context_sums,
     gelu,
     layer_norm,
     linear,
     patches,
     quantize_codes,
+    scale_rows,
     unblock_weight,
 )
 
@@ -52,9 +54,12 @@ def output_bounds(
         case "LayerNormQuantize":
             return _quantized(_layer_norm(attributes, inputs, slack), attributes)
         case "Linear":
-            return _linear(attributes, inputs, slack)
+            a, blocks, weight_scale, bias, residual, rows = _padded(inputs, 6)
+            return _linear(attributes, (a, blocks, weight_scale, bias), slack, residual=residual, rows=rows)
         case "LinearQuantize":
-            return _quantized(_linear(attributes, inputs, slack), attributes)
+            a, blocks, weight_scale, bias, multiplier = _padded(inputs, 5)
+            bounds = _linear(attributes, (a, blocks, weight_scale, bias), slack, multiplier=multiplier)
+            return _quantized(bounds, attributes)
         case "Attention":
             return _attention(attributes, inputs, slack)
         case "AttentionQuantize":
@@ -86,8 +91,16 @@ def _layer_norm(attributes: Attributes, inputs: Sequence[Array | None], slack: f
     return y - slack * LAYER_NORM_TOLERANCE * size, y + slack * LAYER_NORM_TOLERANCE * size
 
 
-def _linear(attributes: Attributes, inputs: Sequence[Array | None], slack: float) -> Bounds:
-    a, blocks, weight_scale, bias, residual, rows = _padded(inputs, 6)
+def _linear(
+    attributes: Attributes,
+    operands: tuple[Array, Array, Array, Array],
+    slack: float,
+    *,
+    multiplier: Array | None = None,
+    residual: Array | None = None,
+    rows: Array | None = None,
+) -> Bounds:
+    a, blocks, weight_scale, bias = operands
     weight = unblock_weight(blocks, a.shape[-1], weight_scale.size)
     scales = {"input_scale": attributes["input_scale"], "input_zero_point": int(attributes["input_zero_point"])}
     x = linear(a, weight, weight_scale, bias, **scales, rows=rows)
@@ -96,6 +109,8 @@ def _linear(attributes: Attributes, inputs: Sequence[Array | None], slack: float
     if attributes["activation"] == "gelu":
         y, error = gelu(x), slack * GELU_TOLERANCE * np.maximum(1, np.abs(x))
         low, high = y - error, y + error
+    if multiplier is not None:
+        low, high = np.minimum(low * multiplier, high * multiplier), np.maximum(low * multiplier, high * multiplier)
     if residual is not None:
         low, high = low.reshape(residual.shape) + residual, high.reshape(residual.shape) + residual
     return low.astype(np.float32), high.astype(np.float32)
@@ -106,6 +121,9 @@ def _attention(attributes: Attributes, inputs: Sequence[Array | None], slack: fl
     scales = AttentionScales(**{field.name: attributes[field.name] for field in fields(AttentionScales)})
     quantizer = quantizer_of(attributes, "p")
     p = attention_probabilities(q, k, int(attributes["heads"]), scales, bias, mask)
+    largest: Array | None = None
+    if attributes["row_scale"]:
+        p, largest = scale_rows(p)
     error = slack * SOFTMAX_TOLERANCE * np.maximum(p, SMALLEST_PROBABILITY)
     bounds: Bounds = (p - error, p + error)
     low, high = (quantize_codes(quantizer, bound).astype(np.float64) - quantizer.zero_point for bound in bounds)
@@ -113,7 +131,14 @@ def _attention(attributes: Attributes, inputs: Sequence[Array | None], slack: fl
     up, down = np.maximum(value, 0), np.minimum(value, 0)
     scale = np.float32(quantizer.scale) * np.float32(scales.v_scale)
     sums = (context_sums(low, up) + context_sums(high, down), context_sums(high, up) + context_sums(low, down))
-    return sums[0].astype(np.float32) * scale, sums[1].astype(np.float32) * scale
+    low, high = (total.astype(np.float32) * scale for total in sums)
+    if largest is None:
+        return low, high
+    rows = by_context(largest, v.shape[2])
+    ends = [
+        bound * rows * np.float32(1 + sign * slack * SOFTMAX_TOLERANCE) for bound in (low, high) for sign in (-1, 1)
+    ]
+    return np.minimum(ends[0], ends[1]), np.maximum(ends[2], ends[3])
 
 
 def _padded(inputs: Sequence[Array | None], count: int) -> list[Any]:

@@ -33,7 +33,7 @@ LAYER_NORM_TOLERANCE = 2.0**-17
 GELU_TOLERANCE = 2.0**-19
 """Relative to max(1, |x|)."""
 SOFTMAX_TOLERANCE = 2.0**-18
-"""Relative to max(p, 2^−20): a larger p has a score within 14 of the row's largest, which float32 rounds to 2^−20."""
+"""Of a probability p, or of p over its row's largest, and of that largest. Relative to max(p, 2^−20): a larger p has a score within 14 of the row's largest, which float32 rounds to 2^−20."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,21 @@ def linear(
     input_scale: float,
     input_zero_point: int,
     activation: str = "none",
+    multiplier: NDArray[np.float32] | None = None,
     residual: NDArray[np.float32] | None = None,
     rows: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float32]:
-    """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (+ residual), in that order, each step rounded to float32.
+    """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (+ residual), each step rounded to float32.
 
-    a [.., K], weight [K, N] (not blocked), weight_scale and bias [N]; float32, the residual's shape or [.., N].
+    a [.., K], weight [K, N] (not blocked); weight_scale, bias and multiplier [N]; float32, the residual's shape or [.., N].
     `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
     """
     accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
     y = accumulator.astype(np.float32) * (np.float32(input_scale) * weight_scale) + bias
     if activation == "gelu":
         y = gelu(y)
+    if multiplier is not None:
+        y = y * multiplier
     if rows is not None:
         inverse = np.empty_like(rows)
         inverse[rows] = np.arange(rows.size)
@@ -191,13 +194,29 @@ def attention_probabilities(
     return probabilities
 
 
+def scale_rows(probabilities: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """E = P/r and r, the largest of each row: P [B, H, T, S] -> [B, H, T, S] and [B, H, T, 1]."""
+    largest = probabilities.max(-1, keepdims=True)
+    return probabilities / largest, largest
+
+
 def attention_context(
-    p: NDArray[np.uint8], p_quantizer: CodeQuantizer, v: NDArray[np.uint8], scales: AttentionScales
+    p: NDArray[np.uint8],
+    p_quantizer: CodeQuantizer,
+    v: NDArray[np.uint8],
+    scales: AttentionScales,
+    largest: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Σ (p − z_p)(v − z_v) · (Δ_p·Δ_v): p [B, H, T, S], v [B, S, H·e]; [B, T, H·e] float32."""
+    """Σ (p − z_p)(v − z_v) · (Δ_p·Δ_v) (· r): p [B, H, T, S], v [B, S, H·e], r [B, H, T, 1]; [B, T, H·e] float32."""
     sums = context_sums(p.astype(np.float64) - p_quantizer.zero_point, v.astype(np.float64) - scales.v_zero_point)
     y: NDArray[np.float32] = sums.astype(np.float32) * (np.float32(p_quantizer.scale) * np.float32(scales.v_scale))
-    return y
+    return y if largest is None else y * by_context(largest, v.shape[2])
+
+
+def by_context(rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """One number for each row of each head [B, H, T, 1], as the context [B, T, H·e] (H·e = width) is laid out."""
+    heads = rows.shape[1]
+    return np.repeat(rows[..., 0].swapaxes(1, 2), width // heads, axis=-1)
 
 
 def context_sums(p: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
