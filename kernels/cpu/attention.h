@@ -17,18 +17,20 @@ struct AttentionTask {
   using V = Wide<L>;
   using F = typename V::F;
   using I = typename V::I;
+  static constexpr int kRows = static_cast<int>(least(Product<L>::kRows, kMostAttentionRows));
 
   const mptqc_attention& a;
   const AttentionScratch layout;
   int8_t *keys, *values;
   int32_t *key_offset, *value_offset;
-  float* scores;   // [L::kRows, padded columns]
+  float* scores;   // [kRows, padded columns]
   uint8_t* codes;  // the same
-  int32_t code_sum[kMostRows], code_of_zero;
+  int32_t code_sum[kRows], code_of_zero;
   float beyond[kPanel];  // added to the last scores of a row: 0 in its columns, as low as can be beyond
   QuantizerConstants probability;
   Output output;
-  Tile tile = {};
+  Product<L> product;
+  Tile<Product<L>::kRows> tile = {};
 
   // `scratch` has layout.bytes bytes.
   AttentionTask(const mptqc_attention& arguments, uint8_t* scratch)
@@ -52,8 +54,8 @@ struct AttentionTask {
     const int64_t head = task / chunks % a.heads, batch = task / chunks / a.heads;
     block_keys(a.k + (batch * a.columns * a.heads + head) * a.width);
     block_values(a.v + (batch * a.columns * a.heads + head) * a.value_width);
-    for (int64_t row = first_row; row < end_row; row += L::kRows) {
-      const int rows = static_cast<int>(least(L::kRows, end_row - row));
+    for (int64_t row = first_row; row < end_row; row += kRows) {
+      const int rows = static_cast<int>(least(kRows, end_row - row));
       score_rows(batch, head, row, rows);
       write_context(batch, head, row, rows);
     }
@@ -134,8 +136,8 @@ struct AttentionTask {
   void score_rows(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t stride = a.heads * a.width, block_bytes = ceil_divide(a.width, kBlockInputs) * kBlockBytes;
     const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
-    int32_t row_offset[kMostRows];
-    F largest[kMostRows];
+    int32_t row_offset[kRows];
+    F largest[kRows];
     for (int r = 0; r < rows; ++r) {
       row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * sum_of(query.data + r * stride, a.width);
       largest[r] = V::set(kLowest);
@@ -143,7 +145,7 @@ struct AttentionTask {
     for (int64_t column = 0; column < a.columns; column += kPanel) {
       const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
       const int blocks = static_cast<int>(ceil_divide(count(column), 16));
-      multiply<L>(rows, blocks, query, panel, key_offset + column, tile);
+      product.multiply(rows, blocks, query, panel, key_offset + column, tile);
       for (int r = 0; r < rows; ++r) {
         const float* bias = addend_row(a.bias, batch, head, row + r);
         const float* mask = addend_row(a.mask, batch, head, row + r);
@@ -173,10 +175,10 @@ struct AttentionTask {
   }
 
   // Rows take each step in turn, so that they wait for their sums across lanes together.
-  void quantize_softmax(int rows, const F (&largest)[kMostRows]) {
-    F total[kMostRows];
-    I all[kMostRows];
-    float shift[kMostRows], quotient[kMostRows];
+  void quantize_softmax(int rows, const F (&largest)[kRows]) {
+    F total[kRows];
+    I all[kRows];
+    float shift[kRows], quotient[kRows];
     for (int r = 0; r < rows; ++r) shift[r] = -V::largest(largest[r]) * kInverseLn2;
     for (int r = 0; r < rows; ++r) total[r] = raise(scores + r * layout.padded_columns, shift[r]);
     for (int r = 0; r < rows; ++r) quotient[r] = 1.0f / (V::sum(total[r]) * a.probability.scale);
@@ -219,7 +221,7 @@ struct AttentionTask {
     for (int64_t column = 0; column < a.value_width; column += kPanel) {
       const int columns = static_cast<int>(least(kPanel, a.value_width - column));
       const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
-      multiply<L>(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile);
+      product.multiply(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile);
       for (int r = 0; r < rows; ++r) {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
         const int32_t row_offset = -signed_v_zero() * code_sum[r];

@@ -11,7 +11,7 @@
 namespace mptqc {
 namespace {
 
-const char* const kNames[MPTQC_ISA_COUNT] = {"portable", "avx2", "avx512_vnni"};
+const char* const kNames[MPTQC_ISA_COUNT] = {"portable", "avx2", "avx512_vnni", "amx_int8"};
 
 bool is_known(mptqc_isa isa) { return isa >= 0 && isa < MPTQC_ISA_COUNT; }
 
@@ -29,6 +29,8 @@ const Implementation* find(mptqc_isa isa) {
                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")
                  ? &kAvx512Vnni
                  : nullptr;
+    case MPTQC_AMX_INT8:
+      return find(MPTQC_AVX512_VNNI) != nullptr && amx_is_permitted() ? &kAmxInt8 : nullptr;
 #endif
     default:
       return nullptr;

@@ -23,11 +23,12 @@ struct LinearTask {
     const int blocks = static_cast<int>(ceil_divide(columns, kBlockOutputs));
     const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes;
     const Blocks weight = {a.weight + first_column / kBlockOutputs * block_bytes, block_bytes};
-    Tile tile = {};
-    for (int64_t row = first_row; row < end_row; row += L::kRows) {
-      const int rows = static_cast<int>(least(L::kRows, end_row - row));
+    Product<L> product;
+    Tile<Product<L>::kRows> tile = {};
+    for (int64_t row = first_row; row < end_row; row += Product<L>::kRows) {
+      const int rows = static_cast<int>(least(Product<L>::kRows, end_row - row));
       const Codes input = {a.input + row * a.inputs, a.inputs, a.inputs};
-      multiply<L>(rows, blocks, input, weight, a.offset + first_column, tile);
+      product.multiply(rows, blocks, input, weight, a.offset + first_column, tile);
       for (int r = 0; r < rows; ++r) finish(tile.sum[r], target_row(row + r), first_column, columns);
     }
   }

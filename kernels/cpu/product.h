@@ -7,9 +7,10 @@
 
 namespace mptqc {
 
-// A tile of sums: up to kMostRows rows of one panel.
+// A tile of sums: up to Rows rows of one panel.
+template <int Rows>
 struct alignas(64) Tile {
-  int32_t sum[kMostRows][kPanel];
+  int32_t sum[Rows][kPanel];
 };
 
 // Rows of codes: row r begins at data + r * stride and holds `width` codes.
@@ -80,15 +81,20 @@ void multiply_rows(int rows, int vectors, Codes a, Blocks w, const int32_t* offs
   multiply_vectors<L, Rows, L::kVectors>(vectors, a, w, offset, tile);
 }
 
-// One panel of `blocks` <= kPanelBlocks blocks, for `rows` <= L::kRows rows.
+// What a task multiplies with. AMX has its own, in product_amx.h.
 template <class L>
-void multiply(int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile& tile) {
-  for (int block = 0; block < blocks; block += L::kVectors) {
-    const int vectors = blocks - block < L::kVectors ? blocks - block : L::kVectors;
-    const Blocks part = {w.data + block * w.block_bytes, w.block_bytes};
-    int32_t(*to)[kPanel] = reinterpret_cast<int32_t(*)[kPanel]>(&tile.sum[0][16 * block]);
-    multiply_rows<L, L::kRows>(rows, vectors, a, part, offset + 16 * block, to);
+struct Product {
+  static constexpr int kRows = L::kRows;
+
+  // One panel of `blocks` <= kPanelBlocks blocks, for `rows` <= kRows rows.
+  void multiply(int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile) {
+    for (int block = 0; block < blocks; block += L::kVectors) {
+      const int vectors = blocks - block < L::kVectors ? blocks - block : L::kVectors;
+      const Blocks part = {w.data + block * w.block_bytes, w.block_bytes};
+      int32_t(*to)[kPanel] = reinterpret_cast<int32_t(*)[kPanel]>(&tile.sum[0][16 * block]);
+      multiply_rows<L, L::kRows>(rows, vectors, a, part, offset + 16 * block, to);
+    }
   }
-}
+};
 
 }  // namespace mptqc

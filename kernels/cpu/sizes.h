@@ -18,8 +18,8 @@ constexpr int kPanelBlocks = 4;
 constexpr int64_t kPanel = MPTQC_PANEL;
 static_assert(kPanel == kPanelBlocks * kBlockOutputs);
 
-// The most rows of a product's register tile in any implementation.
-constexpr int kMostRows = 6;
+// The most query rows whose scores an attention holds at once: they and what is made of them fit the first cache.
+constexpr int kMostAttentionRows = 16;
 
 // Sums over this many products of two codes fit int32, their offsets included: one for a Linear, three in attention.
 constexpr int64_t kMostLinearTerms = 32768, kMostAttentionTerms = 16384;
@@ -28,10 +28,10 @@ constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows of each chunk when `rows` are shared out evenly in chunks of at most 128, whole register tiles each.
+// Rows of each chunk when `rows` are shared out evenly in chunks of at most 128, whole register tiles of VNNI each.
 constexpr int64_t chunk_rows(int64_t rows) {
   const int64_t chunks = rows > 0 ? ceil_divide(rows, 128) : 1;
-  return round_up(rows > 0 ? ceil_divide(rows, chunks) : 1, kMostRows);
+  return round_up(rows > 0 ? ceil_divide(rows, chunks) : 1, 6);
 }
 constexpr int64_t chunk_count(int64_t rows) { return ceil_divide(rows, chunk_rows(rows)); }
 
@@ -48,8 +48,8 @@ struct AttentionScratch {
         values(key_offset + line(padded_columns * 4)),
         value_offset(values + round_up(a.value_width, kBlockOutputs) * round_up(a.columns, kBlockInputs)),
         scores(value_offset + line(round_up(a.value_width, kBlockOutputs) * 4)),
-        codes(scores + line(kMostRows * padded_columns * 4)),
-        bytes(codes + line(kMostRows * padded_columns)) {}
+        codes(scores + line(kMostAttentionRows * padded_columns * 4)),
+        bytes(codes + line(kMostAttentionRows * padded_columns)) {}
 
   static int64_t line(int64_t bytes) { return round_up(bytes, 64); }
 };

@@ -28,12 +28,18 @@ extern "C" {
 typedef enum { MPTQC_OK = 0, MPTQC_INVALID_ARGUMENT = 1, MPTQC_OUT_OF_MEMORY = 2 } mptqc_status;
 
 /* Worst to best. */
-typedef enum { MPTQC_PORTABLE = 0, MPTQC_AVX2 = 1, MPTQC_AVX512_VNNI = 2, MPTQC_ISA_COUNT = 3 } mptqc_isa;
+typedef enum {
+  MPTQC_PORTABLE = 0,
+  MPTQC_AVX2 = 1,
+  MPTQC_AVX512_VNNI = 2,
+  MPTQC_AMX_INT8 = 3,
+  MPTQC_ISA_COUNT = 4
+} mptqc_isa;
 
-/* "portable", "avx2", "avx512_vnni". */
+/* "portable", "avx2", "avx512_vnni", "amx_int8". */
 MPTQC_EXPORT const char* mptqc_isa_name(mptqc_isa isa);
 
-/* 1 if this build and this processor have it, else 0. */
+/* 1 if this build and this processor have it, and the system allows it, else 0. */
 MPTQC_EXPORT int mptqc_isa_runs_here(mptqc_isa isa);
 
 /* The one called `name`, or the best that runs here if name is null or empty; invalid if unknown or absent. */

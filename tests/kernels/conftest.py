@@ -2,10 +2,12 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from kernel_builds import build_with_emulated_amx
 
 from mptqc.reference.custom_ops import AttentionScales, CodeQuantizer, block_weight
 from mptqc.runtime.library import available_isas, find_library, load_library
@@ -102,10 +104,10 @@ def unaligned(array: np.ndarray) -> np.ndarray:
 class Kernels:
     """The kernels of one instruction set: numpy arrays in, numpy arrays out."""
 
-    def __init__(self, library: ctypes.CDLL, isa: str) -> None:
-        self.library, self.isa = library, isa
+    def __init__(self, path: Path, isa: str) -> None:
+        self.path, self.library, self.isa = path, load_library(path), isa
         self.isa_number = ctypes.c_int()
-        assert library.mptqc_choose_isa(isa.encode(), ctypes.byref(self.isa_number)) == OK
+        assert self.library.mptqc_choose_isa(isa.encode(), ctypes.byref(self.isa_number)) == OK
 
     def layer_norm(self, x, gamma, beta, epsilon, quantizer, rows=None):
         output = guarded(x.shape, np.uint8)
@@ -211,25 +213,41 @@ def checked(output: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def library() -> ctypes.CDLL:
+def library_path() -> Path:
     path = find_library()
     if path is None:
         pytest.skip("the kernel library was not built: no C++17 compiler")
-    return load_library(path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def kernels_of(library: ctypes.CDLL) -> Callable[[str], Kernels]:
-    """The kernels of an instruction set; skips where the machine lacks it."""
+def library(library_path: Path) -> ctypes.CDLL:
+    return load_library(library_path)
 
-    def make(isa: str) -> Kernels:
-        if isa not in available_isas(library):
+
+@pytest.fixture(scope="session")
+def emulated_library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("emulated") / "libmptqc_kernels.so"
+    return build_with_emulated_amx(path, ["cpu", "ort"], ["-shared", "-fPIC"])
+
+
+EMULATED = "emulated "
+
+
+@pytest.fixture(scope="session")
+def kernels_of(library_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Kernels]:
+    """The kernels of an instruction set, "emulated" or real; skips where the machine lacks it."""
+
+    def make(name: str) -> Kernels:
+        emulated, isa = name.startswith(EMULATED), name.removeprefix(EMULATED)
+        path = request.getfixturevalue("emulated_library_path") if emulated else library_path
+        if isa not in available_isas(load_library(path)):
             pytest.skip(f"this machine has no {isa}")
-        return Kernels(library, isa)
+        return Kernels(path, isa)
 
     return make
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512_vnni"])
+@pytest.fixture(params=["portable", "avx2", "avx512_vnni", "amx_int8", f"{EMULATED}amx_int8"])
 def kernels(request: pytest.FixtureRequest, kernels_of: Callable[[str], Kernels]) -> Iterator[Kernels]:
     yield kernels_of(request.param)

@@ -71,7 +71,7 @@ void layer_norm() {
 }
 
 void linear() {
-  const int64_t rows = size(0, 20), inputs = size(0, 70), outputs = size(0, 150);
+  const int64_t rows = size(0, 40), inputs = size(0, 200), outputs = size(0, 150);
   const int64_t blocked = (outputs + 15) / 16 * 16, padded = (outputs + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
   const auto input = codes(rows * inputs);
   const auto weight = codes(blocked * ((inputs + 3) / 4 * 4));
@@ -105,7 +105,7 @@ void attention() {
   arguments.heads = size(1, 3);
   arguments.rows = size(0, 30);
   arguments.columns = size(0, 90);
-  arguments.width = size(0, 40);
+  arguments.width = size(0, 140);
   arguments.value_width = size(0, 70);
   const auto q = codes(arguments.batch * arguments.rows * arguments.heads * arguments.width);
   const auto k = codes(arguments.batch * arguments.columns * arguments.heads * arguments.width);

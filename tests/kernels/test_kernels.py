@@ -54,7 +54,7 @@ def test_layer_norm_moves_rows(kernels):
 
 LINEAR_SHAPES = [
     (0, 8, 8), (1, 1, 1), (5, 3, 0), (2, 0, 5), (1, 4, 16), (7, 5, 17), (6, 19, 64), (13, 66, 65), (129, 35, 48),
-    (3, 111, 130), (197, 64, 100),
+    (3, 111, 130), (197, 64, 100), (33, 192, 16), (45, 197, 80), (16, 130, 33),
 ]  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_quantizer_rounds_as_a_division_does(kernels, quantizer):
 ATTENTION_SHAPES = [
     # batch, heads, rows, columns, width, value width
     (0, 2, 3, 3, 8, 8), (2, 1, 1, 1, 1, 1), (1, 3, 5, 7, 6, 18), (2, 2, 17, 17, 32, 32), (1, 2, 131, 66, 33, 65),
-    (1, 1, 6, 65, 64, 64), (1, 3, 1, 197, 64, 16), (1, 2, 0, 5, 4, 4),
+    (1, 1, 6, 65, 64, 64), (1, 3, 1, 197, 64, 16), (1, 1, 18, 40, 70, 24), (1, 2, 0, 5, 4, 4),
 ]  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def test_every_instruction_set_of_the_processor_is_found(library):
     from mptqc.runtime.machine import cpu_features, cpu_info
 
     features = cpu_features(cpu_info()) or {}
-    names = [name for name, feature in (("avx2", "avx2"), ("avx512_vnni", "avx512_vnni")) if features.get(feature)]
+    names = [name for name in ("avx2", "avx512_vnni", "amx_int8") if features.get(name)]
     assert available_isas(library) == ["portable", *names]
 
 

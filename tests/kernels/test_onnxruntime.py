@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mptqc.errors import ModelError
 from mptqc.reference import custom_ops as ops
-from mptqc.runtime.library import ISA_VARIABLE, find_library
+from mptqc.runtime.library import ISA_VARIABLE, PATH_VARIABLE, find_library
 from mptqc.runtime.session import Session, create_session
 
 UNIFORM = ops.CodeQuantizer(0.04, 120)
@@ -132,6 +132,7 @@ def expected(case: str, kernels: Any) -> np.ndarray:
 @pytest.mark.parametrize("case", CASES)
 def test_operator_runs_its_kernel(case, kernels, monkeypatch):
     monkeypatch.setenv(ISA_VARIABLE, kernels.isa)
+    monkeypatch.setenv(PATH_VARIABLE, str(kernels.path))
     actual = run(native(*CASES[case]), CASES[case][1])
     wanted = expected(case, kernels)
     assert actual.dtype == wanted.dtype and np.array_equal(actual, wanted)

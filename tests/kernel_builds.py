@@ -1,0 +1,25 @@
+"""Builds of the kernels that only tests make: AMX emulated, so that its code runs on every AVX512-VNNI processor."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent / "kernels"
+OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+
+
+def build_with_emulated_amx(output: Path, folders: Sequence[str], options: Sequence[str | Path]) -> Path:
+    """Compile the sources in `folders` of kernels/, and what `options` name, into `output`; skips without a compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    sources = [path for folder in folders for path in sorted((ROOT / "kernels" / folder).glob("*.cpp"))]
+    sources.remove(ROOT / "kernels/cpu/amx_permission.cpp")  # the emulation permits itself
+    emulation = f'-DMPTQC_EMULATED_AMX="{HERE / "emulated_amx.h"}"'
+    include = f"-I{ROOT / 'kernels/include'}"
+    subprocess.run([compiler, *OPTIONS, emulation, include, *options, *sources, "-o", output], check=True)
+    return output
