@@ -26,6 +26,7 @@ struct AttentionTask {
   float* scores;   // [kRows, padded columns]
   uint8_t* codes;  // the same
   int32_t code_sum[kRows], code_of_zero;
+  float row_factor[kRows];  // what the rows of P were divided by
   float beyond[kPanel];  // added to the last scores of a row: 0 in its columns, as low as can be beyond
   QuantizerConstants probability;
   Output output;
@@ -181,7 +182,11 @@ struct AttentionTask {
     float shift[kRows], quotient[kRows];
     for (int r = 0; r < rows; ++r) shift[r] = -V::largest(largest[r]) * kInverseLn2;
     for (int r = 0; r < rows; ++r) total[r] = raise(scores + r * layout.padded_columns, shift[r]);
-    for (int r = 0; r < rows; ++r) quotient[r] = 1.0f / (V::sum(total[r]) * a.probability.scale);
+    for (int r = 0; r < rows; ++r) {
+      const float sum = V::sum(total[r]), top = largest_power(V::largest(largest[r]), shift[r]);
+      quotient[r] = 1.0f / ((a.row_scale ? top : sum) * a.probability.scale);
+      row_factor[r] = a.row_scale ? top / sum : 1.0f;
+    }
     for (int r = 0; r < rows; ++r) {
       all[r] = quantize(scores + r * layout.padded_columns, quotient[r], codes + r * layout.padded_columns);
     }
@@ -199,6 +204,11 @@ struct AttentionTask {
       total = V::add(total, power);
     }
     return total;
+  }
+
+  // What `raise` makes of a row's largest score: 1, but for the rounding of the shift, which all its powers share.
+  static float largest_power(float score, float shift) {
+    return V::largest(power_of_2<V>(V::multiply_add(V::set(score), V::set(kInverseLn2), V::set(shift))));
   }
 
   // The codes of quotient * power; returns their sum. Beyond the last column they are that of 0, and the values are 0.
@@ -226,7 +236,8 @@ struct AttentionTask {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
         const int32_t row_offset = -signed_v_zero() * code_sum[r];
         const auto total = V::add(V::load(tile.sum[r]), V::set(row_offset));
-        write<V>(output, to, V::multiply(V::to_float(total), V::set(a.context_scale)), columns);
+        const auto context = V::multiply(V::to_float(total), V::set(a.context_scale));
+        write<V>(output, to, V::multiply(context, V::set(row_factor[r])), columns);
       }
     }
   }

@@ -43,6 +43,7 @@ struct LinearTask {
     auto y = V::multiply(V::to_float(V::load(sum)), V::load(a.scale + column));
     y = V::add(y, V::load(a.bias + column));
     if (a.activation == MPTQC_GELU) y = gelu<V>(y);
+    if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
     write<V>(output, index, y, columns);
   }

@@ -70,7 +70,8 @@ MPTQC_EXPORT mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_
 
 typedef enum { MPTQC_NO_ACTIVATION = 0, MPTQC_GELU = 1 } mptqc_activation;
 
-/* y = activation(float(sum(input * weight) + offset) * scale + bias), then + residual, then the quantizer */
+/* y = activation(float(sum(input * weight) + offset) * scale + bias), then * multiplier, then + residual, then the
+   quantizer */
 typedef struct {
   int64_t rows, inputs, outputs;
   const uint8_t* input; /* [rows, inputs] */
@@ -78,6 +79,7 @@ typedef struct {
   const int32_t* offset; /* offset, scale, bias: [outputs rounded up to 64] */
   const float *scale, *bias;
   int32_t activation;
+  const float* multiplier; /* [outputs rounded up to 64], or null */
   const float* residual; /* [rows, outputs], or null */
   int64_t table_size; /* 0: none; else it divides rows */
   const int64_t* table; /* row r of a group of table_size goes to its output row table[r]; a permutation */
@@ -98,14 +100,15 @@ typedef struct {
   int64_t windows, heads, rows; /* heads and rows: as the attention's, or 1 */
 } mptqc_addend;
 
-/* P = probability(softmax(float(sum((q - q_zero)(k - k_zero))) * score_scale + bias + mask));
-   y = float(sum((P - P_zero)(v - v_zero))) * context_scale, then the quantizer */
+/* S = softmax(float(sum((q - q_zero)(k - k_zero))) * score_scale + bias + mask), r = row_scale ? max(S) : 1 by row;
+   P = probability(S / r);  y = float(sum((P - P_zero)(v - v_zero))) * context_scale * r, then the quantizer */
 typedef struct {
   int64_t batch, heads, rows, columns, width, value_width;
   const uint8_t *q, *k, *v; /* [batch, rows, heads * width], [batch, columns, heads * width | value_width] */
   int32_t q_zero_point, k_zero_point, v_zero_point;
   float score_scale, context_scale;
   mptqc_addend bias, mask;
+  int32_t row_scale;
   mptqc_quantizer probability;
   const mptqc_quantizer* quantizer; /* null: the output is float */
   void* output; /* [batch, rows, heads * value_width] uint8 or float */

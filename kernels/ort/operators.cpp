@@ -137,11 +137,17 @@ void Linear::run(const Context& context) const {
 }
 
 LinearQuantize::LinearQuantize(const Node& node, mptqc_isa isa)
-    : LinearBase(node, isa), quantizer_(node.quantizer("output")) {}
+    : LinearBase(node, isa), quantizer_(node.quantizer("output")) {
+  if (!node.has_input(4)) return;
+  multiplier_ = vector_of(node, 4, "multiplier");
+  require(multiplier_.size() == static_cast<size_t>(outputs_), "multiplier and W_scale differ in size");
+  multiplier_.resize(bias_.size());
+}
 
 void LinearQuantize::run(const Context& context) const {
   Shape shape;
   mptqc_linear arguments = prepare(context, &shape);
+  arguments.multiplier = multiplier_.empty() ? nullptr : multiplier_.data();
   arguments.quantizer = &quantizer_;
   arguments.output = context.output(shape);
   context.run(isa_, arguments, mptqc_linear_tasks(&arguments), mptqc_linear_run);
@@ -150,6 +156,7 @@ void LinearQuantize::run(const Context& context) const {
 AttentionBase::AttentionBase(const Node& node, mptqc_isa isa)
     : isa_(isa),
       heads_(node.integer("heads", 1, 65536)),
+      row_scale_(static_cast<int32_t>(node.integer("row_scale", 0, 1))),
       q_zero_point_(code(node, "q_zero_point")),
       k_zero_point_(code(node, "k_zero_point")),
       v_zero_point_(code(node, "v_zero_point")),
@@ -197,6 +204,7 @@ void AttentionBase::run(const Context& context, const mptqc_quantizer* quantizer
   arguments.context_scale = context_scale_;
   arguments.bias = addend(3, "bias");
   arguments.mask = addend(4, "mask");
+  arguments.row_scale = row_scale_;
   arguments.probability = probability_;
   arguments.quantizer = quantizer;
   arguments.output = context.output(shape);

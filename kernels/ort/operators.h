@@ -65,6 +65,7 @@ class LinearQuantize : LinearBase {
 
  private:
   mptqc_quantizer quantizer_;
+  std::vector<float> multiplier_;
 };
 
 // Attention and AttentionQuantize.
@@ -79,7 +80,7 @@ class AttentionBase {
  private:
   mptqc_isa isa_;
   int64_t heads_;
-  int32_t q_zero_point_, k_zero_point_, v_zero_point_;
+  int32_t row_scale_, q_zero_point_, k_zero_point_, v_zero_point_;
   mptqc_quantizer probability_;
   float score_scale_, context_scale_;
 };

@@ -26,7 +26,8 @@ constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8
 template <>
 constexpr Signature kSignature<Linear> = {"Linear", kFloat, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64}};
 template <>
-constexpr Signature kSignature<LinearQuantize> = {"LinearQuantize", kUint8, 4, 4, {kUint8, kInt8, kFloat, kFloat}};
+constexpr Signature kSignature<LinearQuantize> = {
+    "LinearQuantize", kUint8, 5, 4, {kUint8, kInt8, kFloat, kFloat, kFloat}};
 template <>
 constexpr Signature kSignature<Attention> = {"Attention", kFloat, 5, 3, {kUint8, kUint8, kUint8, kFloat, kFloat}};
 template <>
