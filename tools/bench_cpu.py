@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from native_products import Product, integer_peak, native_products
+from native_products import PEAK_ISAS, Product, native_products, peak_meter
 from peers import OpenVino, write_dynamic_int8, write_nncf_int8, write_static_int8
 from resident_memory import resident_bytes_of
 
@@ -55,7 +55,7 @@ OPENVINO_FORMS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """The file that OpenVINO runs, and the precision of what is not quantized."""
 IMAGE = (3, 224, 224)
 CALIBRATION_IMAGES = 4
-PROFILED_RUNS = 30
+PROFILED_RUNS = 50
 QUICK = MappingProxyType(
     {
         "samples": CALIBRATION_IMAGES,
@@ -100,10 +100,8 @@ def main() -> None:
             store[key] = {form: resident_bytes_of(files[form], (1, *IMAGE)) for form in FORMS}
         print(memory_as_markdown(model, store[key], weight_count(files[FLOAT])), flush=True)
         key = f"{model}, operators"
-        if key not in store and used_isa() in ("avx512_vnni", "amx_int8"):
-            found = native_products(files[NATIVE], (1, *IMAGE), PROFILED_RUNS)
-            peak = integer_peak(used_isa(), arguments.output)
-            store[key] = {"peak": peak, "products": [asdict(product) for product in found]}
+        if key not in store and used_isa() in PEAK_ISAS:
+            store[key] = measure_products(files[NATIVE], used_isa(), arguments.output)
         if key in store:
             products = [Product(**product) for product in store[key]["products"]]
             print(products_as_markdown(model, products, store[key]["peak"]), flush=True)
@@ -225,6 +223,13 @@ def measure(
     return {"clock": clock, "rounds": len(milliseconds), "rows": [asdict(row) for row in rows]}
 
 
+def measure_products(native: Path, isa: str, folder: Path) -> dict[str, object]:
+    """Time the operators of a native model, and the processor's peak in between."""
+    meter, peaks = peak_meter(isa, folder), []
+    products = native_products(native, (1, *IMAGE), PROFILED_RUNS, lambda: peaks.append(meter()))
+    return {"peak": max(peaks), "products": [asdict(product) for product in products]}
+
+
 def openvino_runs(
     peer: OpenVino, files: Mapping[str, Path], shape: Sequence[int], threads: int
 ) -> Iterator[tuple[str, Path, TimedRun]]:
@@ -284,17 +289,17 @@ def products_as_markdown(model: str, products: Sequence[Product], peak: float) -
     return "\n".join(lines)
 
 
-def used_isa() -> str | None:
-    """The instruction set of the kernel library; None without the library."""
+def used_isa() -> str:
+    """The instruction set of the kernel library; "none" without the library."""
     library = find_library()
-    return None if library is None else chosen_isa(load_library(library))
+    return "none" if library is None else chosen_isa(load_library(library))
 
 
 def conditions() -> str:
     """What the times hold for."""
     return (
         f"\n{processor_name(cpu_info())}, {core_count()} cores, onnxruntime {onnxruntime.__version__}, kernel library: "
-        f"{used_isa() or 'none'}"
+        f"{used_isa()}"
     )
 
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mptqc.errors import MptqcError
 from mptqc.runtime.session import create_session
 
 PEAK_SOURCE = Path(__file__).with_name("integer_peak.cpp")
+PEAK_ISAS = ("avx512_vnni", "amx_int8")
 LINEARS, ATTENTIONS = ("Linear", "LinearQuantize"), ("Attention", "AttentionQuantize")
 KERNEL_TIME = "_kernel_time"  # how ONNX Runtime ends the name of an operator's own event
 
@@ -40,13 +41,16 @@ class Product:
     operations: int
 
 
-def native_products(model: Path, shape: Iterable[int], runs: int) -> list[Product]:
+def native_products(
+    model: Path, shape: Iterable[int], runs: int, between_runs: Callable[[], None] = lambda: None
+) -> list[Product]:
     """Run a native model on one thread, and return its operators, those that take longest first."""
     with tempfile.TemporaryDirectory(prefix="mptqc-") as folder:
         session = create_session(model, threads=1, profile_prefix=Path(folder) / "profile")
         feed = np.random.default_rng(0).standard_normal(tuple(shape), dtype=np.float32)
         for _ in range(runs):
             session.run(None, {session.get_inputs()[0].name: feed})
+            between_runs()
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return products_of(events)
 
@@ -86,8 +90,10 @@ def size_of(operator: str, inputs: list[tuple[int, ...]], outputs: list[tuple[in
     return " × ".join(map(str, outputs[0])) if outputs else "", 0
 
 
-def integer_peak(isa: str, folder: Path) -> float:
-    """The processor's most integer operations a second on one core, measured; builds the program in `folder`.
+def peak_meter(isa: str, folder: Path) -> Callable[[], float]:
+    """Build the program of integer_peak.cpp in `folder`; return what runs it: integer operations a second of one core.
+
+    It takes a moment. The most of many measurements is the processor's peak: others may use the core at times.
 
     Args:
         isa: "avx512_vnni" or "amx_int8".
@@ -96,8 +102,8 @@ def integer_peak(isa: str, folder: Path) -> float:
         PeakError: another instruction set, or there is no g++.
     """
     compiler = shutil.which("g++")
-    if compiler is None or isa not in ("avx512_vnni", "amx_int8"):
+    if compiler is None or isa not in PEAK_ISAS:
         raise PeakError(f"the peak of {isa} is not measured here: it takes g++, and AVX512-VNNI or AMX.")
     program = folder / "integer_peak"
     subprocess.run([compiler, "-O2", "-std=c++17", str(PEAK_SOURCE), "-o", str(program)], check=True)
-    return 1e9 * float(subprocess.run([program, isa], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return lambda: 1e9 * float(subprocess.run([program, isa], stdout=subprocess.PIPE, text=True, check=True).stdout)
