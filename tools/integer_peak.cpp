@@ -20,23 +20,22 @@ double seconds() {
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-// 24 chains of 16 lanes of 4 products.
-__attribute__((target("avx512f,avx512vnni"))) double vnni() {
-  __m512i sum[24];
-  for (int chain = 0; chain < 24; ++chain) sum[chain] = _mm512_set1_epi32(chain);  // alike, they would be made one
-  __m512i a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
+// 24 chains of 16 lanes of 4 products. Assembler: compilers move an array of vectors to and from memory.
+__attribute__((target("avx512f"))) double vnni() {
   for (int i = 0; i < kRepeats; ++i) {
-#pragma GCC unroll 24
-    for (int chain = 0; chain < 24; ++chain) sum[chain] = _mm512_dpbusd_epi32(sum[chain], a, b);
-    __asm__ volatile("" : "+v"(a), "+v"(b));
+    __asm__ volatile(
+        ".irp r,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
+        "vpdpbusd %%zmm1, %%zmm0, %%zmm\\r\n"
+        ".endr" ::
+            : "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19",
+              "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
   }
-  for (__m512i& each : sum) __asm__ volatile("" : "+v"(each));
   return 24.0 * 16 * 4 * 2 * kRepeats;
 }
 
 // 4 tiles of 16 x 16 sums of 64 products.
 __attribute__((target("amx-tile,amx-int8"))) double amx() {
-  constexpr long request_permission = 0x1023, tile_data = 18;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // see kernels/cpu/amx_permission.cpp
   if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return 0;
   alignas(64) unsigned char configuration[64] = {1};
   for (int tile = 0; tile < 8; ++tile) {
