@@ -13,7 +13,7 @@ OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wno-uninitialized", "-Wno
 
 
 def build_with_emulated_amx(output: Path, folders: Sequence[str], options: Sequence[str | Path]) -> Path:
-    """Compile the sources in `folders` of kernels/, and what `options` name, into `output`; skips without a compiler."""
+    """Compile the sources in `folders` of kernels/, and `options` into `output`; skips without a compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")

@@ -1,4 +1,5 @@
 // System headers come first: what they define must not be compiled for this file's instruction set.
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -40,6 +40,10 @@ MPTQC_INLINE void add_group(
   }
 }
 
+// Weights wider than this do not stay in the first cache beside the codes: each pass fetches them again from the second, and
+// asks for them this many bytes ahead, since the processor does not see four streams that cross pages coming.
+constexpr int64_t kFirstCachePanel = 32 << 10, kAhead = 16 * kBlockBytes;
+
 // tile[r][c] = offset[c] + sum_k a[r][k] * w[k][c] for Rows rows and Vectors blocks of 16 columns.
 template <class L, int Rows, int Vectors>
 void multiply_tile(Codes a, Blocks w, const int32_t* offset, int32_t (*tile)[kPanel]) {
@@ -50,7 +54,12 @@ void multiply_tile(Codes a, Blocks w, const int32_t* offset, int32_t (*tile)[kPa
     for (int r = 0; r < Rows; ++r) sum[r][v] = L::load(offset + 16 * v);
   }
   const int64_t groups = a.width / kBlockInputs, rest = a.width % kBlockInputs;
+  const bool streams = Vectors * w.block_bytes > kFirstCachePanel;
   for (int64_t k = 0; k < groups; ++k) {
+    if (streams) {
+      MPTQC_UNROLL
+      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(w.data + v * w.block_bytes + k * kBlockBytes + kAhead);
+    }
     add_group<L, Rows, Vectors>(sum, a.data + k * kBlockInputs, a.stride, w.data + k * kBlockBytes, w.block_bytes);
   }
   if (rest > 0) {

@@ -18,7 +18,7 @@ def concrete_shapes(model: ir.Model, batch: int = 1) -> dict[str, tuple[int, ...
         batch: batch size used where the model leaves it open.
 
     Raises:
-        ModelError: a dimension other than the batch is open.
+        ModelError: a dimension other than the batch is open, or the model does not run at this batch size.
     """
     proto = ir.to_proto(model)
     values = [out for node in proto.graph.node for out in node.output if out]
@@ -32,7 +32,15 @@ def concrete_shapes(model: ir.Model, batch: int = 1) -> dict[str, tuple[int, ...
     graph_input = model.graph.inputs[0]
     shape = input_shape(graph_input, batch)
     names = [output.name for output in proto.graph.output]
-    found = run_arrays(session, names, {str(graph_input.name): np.zeros(shape, np.float32)})
+    try:
+        found = run_arrays(session, names, {str(graph_input.name): np.zeros(shape, np.float32)})
+    except ModelError as error:
+        if graph_input.shape is not None and isinstance(graph_input.shape[0], int):
+            raise
+        raise ModelError(
+            f"input {graph_input.name!r} leaves the batch open, but the model does not run at batch {shape[0]}: export "
+            f"it with a fixed batch, or with shapes that follow the batch ({error})"
+        ) from error
     shapes: dict[str, tuple[int, ...]] = {
         name: tuple(int(dim) for dim in dims) for name, dims in zip(values, found, strict=True)
     }

@@ -26,6 +26,8 @@ MIN_ROUNDS = 10
 WARM_UP_RUNS = 3
 
 Clock = Literal["cpu", "wall"]
+TimedRun = Callable[[], int]
+"""Runs a model once and returns the nanoseconds that it took."""
 Feeds = dict[str, npt.NDArray[np.float32]]
 
 
@@ -95,8 +97,8 @@ def benchmark(
         for path, (session, _) in zip(models, opened, strict=True)
     ]
     clock: Clock = "cpu" if provider == "cpu" and threads == 1 else "wall"
-    runs = [(session, feed) for (session, _), feed in zip(opened, feeds, strict=True)]
-    milliseconds = _interleaved(runs, clock, min_seconds, repeats, progress)
+    runs = [timed_run(session, feed, clock) for (session, _), feed in zip(opened, feeds, strict=True)]
+    milliseconds = interleaved(runs, min_seconds, repeats, progress)
     return [
         BenchmarkRow(
             model=str(path),
@@ -156,27 +158,35 @@ def _full_shape(path: str | Path, value: ModelInput, batch: int, shape: Sequence
     return (batch, *shape)
 
 
-def _interleaved(
-    runs: Sequence[tuple[Session, Feeds]],
-    clock: Clock,
-    min_seconds: float,
-    repeats: int | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> npt.NDArray[np.float64]:
-    """Return milliseconds [rounds, models]."""
+def timed_run(session: Session, feed: Feeds, clock: Clock) -> TimedRun:
+    """Return what runs the session on `feed` and takes the time, this thread's CPU time or wall time."""
     now = time.thread_time_ns if clock == "cpu" else time.perf_counter_ns
+
+    def run() -> int:
+        start = now()
+        session.run(None, feed)
+        return now() - start
+
+    return run
+
+
+def interleaved(
+    runs: Sequence[TimedRun],
+    min_seconds: float,
+    repeats: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Let the runs take turns, as `benchmark` describes; return milliseconds [rounds, runs]."""
     warm_up_started = time.perf_counter()
-    for session, feed in runs:
+    for run in runs:
         for _ in range(WARM_UP_RUNS):
-            session.run(None, feed)
+            run()
     round_seconds = (time.perf_counter() - warm_up_started) / WARM_UP_RUNS
     rounds = repeats or max(MIN_ROUNDS, round(min_seconds * len(runs) / max(round_seconds, 1e-6)))
     nanoseconds = np.zeros((rounds, len(runs)), np.int64)
     for k in range(rounds):
-        for column, (session, feed) in enumerate(runs):
-            start = now()
-            session.run(None, feed)
-            nanoseconds[k, column] = now() - start
+        for column, run in enumerate(runs):
+            nanoseconds[k, column] = run()
         if progress is not None:
             progress("benchmark", k + 1, rounds)
     return nanoseconds / 1e6

@@ -62,6 +62,7 @@ def create_session(
     threads: int = 0,
     graph_optimization: bool = True,
     optimized_path: Path | None = None,
+    profile_prefix: Path | None = None,
 ) -> Session:
     """Make a session whose numbers depend on nothing but the model, its inputs and the named provider.
 
@@ -71,6 +72,8 @@ def create_session(
         threads: threads inside an operator; 0 lets ONNX Runtime take every core.
         graph_optimization: False runs the graph exactly as it is written.
         optimized_path: where ONNX Runtime writes the graph it really runs; its weights go to a file beside it.
+        profile_prefix: how the file begins into which ONNX Runtime writes the time of every operator; `end_profiling`
+            of the session closes it and returns its name.
 
     Raises:
         ProviderError: the provider is unknown or cannot start here, or the kernel library does not work.
@@ -82,6 +85,9 @@ def create_session(
         raise RecipeError(f"threads is {threads}; give 0 (every core) or a positive number.")
     source, described = _model_source(model)
     options = _session_options(threads, graph_optimization, optimized_path)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
     if _names_custom_ops(source):
         _register_kernels(options)
     if provider == "cuda":
@@ -268,9 +274,17 @@ def run_arrays(
     """Run a session whose outputs are all tensors, and return those named, in order.
 
     Raises:
-        ModelError: an output is no tensor.
+        ModelError: an output is no tensor, or ONNX Runtime fails on these inputs.
     """
-    found = session.run(list(outputs), dict(feeds))
+    try:
+        found = session.run(list(outputs), dict(feeds))
+    except Exception as error:
+        if type(error).__module__ != _ORT_ERROR_MODULE:
+            raise
+        given = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        raise ModelError(
+            f"ONNX Runtime {ort.__version__} cannot run the model on {given}: {' '.join(str(error).split())}"
+        ) from error
     arrays = [value for value in found if isinstance(value, np.ndarray)]
     if len(arrays) != len(found):
         raise ModelError("an output of the model is a sequence or a map; only tensors can be compared")

@@ -35,6 +35,13 @@ def test_a_fixed_batch_wins():
     assert concrete_shapes(model, batch=2)["y"] == (7, 3, 4)
 
 
+def test_a_model_that_runs_at_batch_1_alone_is_told_so():
+    body, constants = "y = Reshape(x, one)", "int64[3] one = {1,4,3}"
+    assert concrete_shapes(parse(body, constants=constants))["y"] == (1, 4, 3)
+    with pytest.raises(ModelError, match=r"'x' leaves the batch open, .* not run at batch 2: export .* fixed batch"):
+        concrete_shapes(parse(body, constants=constants), batch=2)
+
+
 def test_shapes_that_depend_on_computed_numbers():
     body = "s = Shape<start=1, end=2>(x)\nw = Concat<axis=0>(s, minus)\ny = Reshape(x, w)"
     assert concrete_shapes(parse(body, constants="int64[1] minus = {-1}"), batch=2)["y"] == (3, 8)

@@ -64,6 +64,15 @@ def test_a_lowered_file_is_not_lowered_again(portable: Path, tmp_path: Path, cap
     assert not (tmp_path / "again.onnx").exists()
 
 
+def test_a_file_that_runs_at_batch_1_alone_is_told_so(portable: Path, tmp_path: Path, capsys) -> None:
+    model = ir.load(portable)
+    heads = model.graph.initializers["heads"]
+    heads.const_value = ir.tensor([1, *heads.const_value.numpy()[1:]], ir.DataType.INT64, name="heads")
+    save_model(model, portable)
+    assert exit_code("lower", portable, "-o", tmp_path / "native.onnx") == 2
+    assert "does not run at batch 2: export it with a fixed batch" in " ".join(capsys.readouterr().err.split())
+
+
 def test_wrong_use_is_one_paragraph(portable: Path, block: Callable[[], ir.Model], tmp_path: Path, capsys) -> None:
     save_model(block(), tmp_path / "float.onnx")
     for arguments, problem in (

@@ -7,7 +7,7 @@ import pytest
 from onnx import helper
 
 from mptqc.errors import ModelError, RecipeError
-from mptqc.runtime.benchmark import MIN_ROUNDS, benchmark
+from mptqc.runtime.benchmark import MIN_ROUNDS, WARM_UP_RUNS, benchmark, interleaved
 
 
 @pytest.fixture
@@ -46,6 +46,18 @@ def test_what_ran_is_counted(linear_path: Path, quantized_path: Path):
 def test_rounds_follow_the_time(linear_path: Path):
     assert benchmark([linear_path], min_seconds=0)[0].rounds == MIN_ROUNDS
     assert benchmark([linear_path], min_seconds=0.05)[0].rounds > MIN_ROUNDS
+
+
+def test_runs_take_turns():
+    order: list[str] = []
+
+    def run(name: str, nanoseconds: int) -> int:
+        order.append(name)
+        return nanoseconds
+
+    found = interleaved([lambda: run("a", 2_000_000), lambda: run("b", 500_000)], 0, repeats=3)
+    assert "".join(order) == "a" * WARM_UP_RUNS + "b" * WARM_UP_RUNS + "ababab"
+    assert found.tolist() == [[2.0, 0.5]] * 3
 
 
 def test_several_threads_use_wall_time(linear_path: Path):
