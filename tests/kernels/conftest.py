@@ -46,6 +46,7 @@ Linear = structure(
     scale=POINTER,
     bias=POINTER,
     activation=I32,
+    multiplier=POINTER,
     residual=POINTER,
     table_size=I64,
     table=POINTER,
@@ -70,6 +71,7 @@ Attention = structure(
     context_scale=F32,
     bias=Addend,
     mask=Addend,
+    row_scale=I32,
     probability=Quantizer,
     quantizer=ctypes.POINTER(Quantizer),
     output=POINTER,
@@ -122,8 +124,8 @@ class Kernels:
         return checked(output)
 
     def linear(
-        self, a, weight, weight_scale, bias, *, input_scale, input_zero_point, activation="none", residual=None,
-        rows=None, quantizer=None,
+        self, a, weight, weight_scale, bias, *, input_scale, input_zero_point, activation="none", multiplier=None,
+        residual=None, rows=None, quantizer=None,
     ):  # fmt: skip
         inputs, outputs = weight.shape
         blocks = unaligned(block_weight(weight))
@@ -138,17 +140,21 @@ class Kernels:
         shape = (*a.shape[:-1], outputs) if residual is None else residual.shape
         output = guarded(shape, np.float32 if quantizer is None else np.uint8)
         residual = None if residual is None else unaligned(residual)
+        multiplier = None if multiplier is None else unaligned(np.pad(multiplier, padding))
         c_output = None if quantizer is None else ctypes.pointer(c_quantizer(quantizer))
         arguments = Linear(
             int(np.prod(a.shape[:-1])), inputs, outputs, a.ctypes.data, blocks.ctypes.data, offset.ctypes.data,
             scale.ctypes.data, padded_bias.ctypes.data, ("none", "gelu").index(activation),
+            None if multiplier is None else multiplier.ctypes.data,
             None if residual is None else residual.ctypes.data, 0 if rows is None else rows.size,
             None if rows is None else rows.ctypes.data, c_output, address(output),
         )  # fmt: skip
         self.run("linear", arguments)
         return checked(output)
 
-    def attention(self, q, k, v, heads, scales: AttentionScales, p_quantizer, bias=None, mask=None, quantizer=None):
+    def attention(
+        self, q, k, v, heads, scales: AttentionScales, p_quantizer, bias=None, mask=None, quantizer=None, row_scale=False
+    ):  # fmt: skip
         batch, rows, total = q.shape
         columns, value_total = v.shape[1:]
         q, k, v = unaligned(q), unaligned(k), unaligned(v)
@@ -161,7 +167,7 @@ class Kernels:
             batch, heads, rows, columns, total // heads, value_total // heads, q.ctypes.data, k.ctypes.data,
             v.ctypes.data, scales.q_zero_point, scales.k_zero_point, scales.v_zero_point,
             float(np.float32(scales.q_scale) * np.float32(scales.k_scale)),
-            float(np.float32(p_quantizer.scale) * np.float32(scales.v_scale)), *addends, c_quantizer(p_quantizer),
+            float(np.float32(p_quantizer.scale) * np.float32(scales.v_scale)), *addends, int(row_scale), c_quantizer(p_quantizer),
             None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), address(output),
         )  # fmt: skip
         self.run("attention", arguments)

@@ -92,6 +92,7 @@ void linear() {
   arguments.scale = scale.data();
   arguments.bias = bias.data();
   arguments.activation = generator() % 2 == 0 ? MPTQC_GELU : MPTQC_NO_ACTIVATION;
+  arguments.multiplier = generator() % 2 == 0 ? bias.data() : nullptr;
   arguments.residual = generator() % 2 == 0 ? residual.data() : nullptr;
   arguments.table_size = rows;
   arguments.table = rows_table.data();
@@ -111,6 +112,7 @@ void attention() {
   const auto k = codes(arguments.batch * arguments.columns * arguments.heads * arguments.width);
   const auto v = codes(arguments.batch * arguments.columns * arguments.heads * arguments.value_width);
   const auto bias = floats(arguments.heads * arguments.rows * arguments.columns), mask = floats(arguments.columns);
+  arguments.row_scale = static_cast<int32_t>(generator() % 2);
   arguments.q = q.data();
   arguments.k = k.data();
   arguments.v = v.data();

@@ -88,6 +88,16 @@ def test_linear_adds_the_residual_at_the_row_it_writes(kernels, activation):
         assert np.abs(actual - expected).max() < ops.GELU_TOLERANCE * (np.abs(expected).max() + 4)
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_linear_multiplies_its_outputs_before_it_quantizes_them(kernels, quantizer):
+    generator = np.random.default_rng(4)
+    a, weight = codes(generator, 9, 12), codes(generator, 12, 77).view(np.int8)
+    scale, bias = np.full(77, 1e-3, np.float32), floats(generator, 77)
+    arguments = {"input_scale": 0.1, "input_zero_point": 128, "multiplier": np.exp(floats(generator, 77))}
+    expected = ops.quantize_codes(quantizer, ops.linear(a, weight, scale, bias, **arguments))
+    assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
+
+
 @pytest.mark.parametrize("extreme", [0, 255])
 def test_linear_sums_extreme_codes_exactly(kernels, extreme):
     a, weight = np.full((7, 300), extreme, np.uint8), np.tile(np.array([-128, 127], np.int8), (300, 10))
@@ -147,7 +157,8 @@ ATTENTION_SHAPES = [
 @pytest.mark.parametrize("p_quantizer", PROBABILITIES)
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
 @pytest.mark.parametrize("added", ["nothing", "bias", "bias and mask", "row of mask"])
-def test_attention(kernels, kernels_of, shape, p_quantizer, added):
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_attention(kernels, kernels_of, shape, p_quantizer, added, row_scale):
     batch, heads, rows, columns, width, value_width = shape
     generator = np.random.default_rng(columns)
     q, k = codes(generator, batch, rows, heads * width), codes(generator, batch, columns, heads * width)
@@ -160,26 +171,38 @@ def test_attention(kernels, kernels_of, shape, p_quantizer, added):
     elif added != "bias and mask":
         mask = None
     arguments = (q, k, v, heads, SCALES, p_quantizer, bias, mask)
-    actual = kernels.attention(*arguments)
-    assert np.array_equal(actual, kernels_of("portable").attention(*arguments))
+    actual = kernels.attention(*arguments, row_scale=row_scale)
+    assert np.array_equal(actual, kernels_of("portable").attention(*arguments, row_scale=row_scale))
     output = ops.CodeQuantizer(0.05, 128)
-    assert np.array_equal(kernels.attention(*arguments, quantizer=output), ops.quantize_codes(output, actual))
-    if actual.size:
-        assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask)
-
-
-def assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask):
-    """Rows whose codes of P are beyond doubt are equal bit for bit; a doubtful code may be the next one."""
+    quantized = kernels.attention(*arguments, quantizer=output, row_scale=row_scale)
+    assert np.array_equal(quantized, ops.quantize_codes(output, actual))
+    if not actual.size:
+        return
     p = ops.attention_probabilities(q, k, heads, SCALES, bias, mask)
+    if row_scale:
+        p, largest = ops.scale_rows(p)
+        by_row = ops.by_context(largest, v.shape[2])
+        assert_context_of(actual, p, v, p_quantizer, by_row)
+    else:
+        assert_context_of(actual, p, v, p_quantizer)
+
+
+def assert_context_of(actual, p, v, p_quantizer, by_row=None):
+    """Rows whose codes of P are beyond doubt are equal, bit for bit if no `by_row` multiplies them; a doubtful code may
+    be the next one."""
     slack = ops.SOFTMAX_TOLERANCE * np.maximum(p, 2.0**-20)
     low = ops.quantize_codes(p_quantizer, (p - slack).astype(np.float32))
     high = ops.quantize_codes(p_quantizer, (p + slack).astype(np.float32))
     expected = ops.attention_context(low, p_quantizer, v, SCALES)
     doubt = (high.astype(int) - low).sum(-1).max(1)  # [B, T], over heads
-    assert np.array_equal(actual[doubt == 0], expected[doubt == 0])
+    step = np.full_like(expected, p_quantizer.scale * SCALES.v_scale * 255)
+    allowed = np.zeros_like(expected)
+    if by_row is not None:
+        expected, step = expected * by_row, step * by_row
+        allowed = np.abs(expected) * np.float32(ops.SOFTMAX_TOLERANCE)
+    assert (np.abs(actual - expected)[doubt == 0] <= allowed[doubt == 0]).all()
     assert doubt.size < 20 or (doubt == 0).mean() > 0.8
-    step = p_quantizer.scale * SCALES.v_scale * 255
-    assert (np.abs(actual - expected).max(-1) <= doubt * step * 1.001).all()
+    assert (np.abs(actual - expected) <= allowed + doubt[..., None] * step * 1.001).all()
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

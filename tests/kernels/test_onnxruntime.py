@@ -36,11 +36,12 @@ LINEAR_INPUTS = {
 LINEAR = {"input_scale": 0.17, "input_zero_point": 201, "activation": "none"}
 RESIDUAL = random.standard_normal((46, 77)).astype(np.float32)
 ROWS = random.permutation(23)
+MULTIPLIER = np.exp(random.standard_normal(77)).astype(np.float32)
 X = random.standard_normal((2, 23, 35)).astype(np.float32)
 NORM_INPUTS = {name: random.standard_normal(35).astype(np.float32) for name in ("gamma", "beta")}
 Q, K, V = (random.integers(0, 256, (2, size, 48), np.uint8) for size in (9, 13, 13))
 BIAS = random.standard_normal((2, 1, 9, 13)).astype(np.float32)
-ATTENTION = {"heads": 3, **vars(SCALES), **PROBABILITY.attributes("p")}
+ATTENTION = {"heads": 3, "row_scale": 1, **vars(SCALES), **PROBABILITY.attributes("p")}
 IMAGE = random.standard_normal((2, 3, 8, 12)).astype(np.float32)
 
 
@@ -97,6 +98,10 @@ CASES: dict[str, tuple[Any, ...]] = {
     "gelu": (
         "LinearQuantize", {"A": A}, LINEAR_INPUTS, {**LINEAR, "activation": "gelu", **TWO_REGIONS.attributes("output")}
     ),
+    "gelu with multiplier": (
+        "LinearQuantize", {"A": A}, {**LINEAR_INPUTS, "multiplier": MULTIPLIER},
+        {**LINEAR, "activation": "gelu", **TWO_REGIONS.attributes("output")},
+    ),
     "attention": ("Attention", {"q": Q, "k": K, "v": V}, {}, ATTENTION),
     "attention with bias": ("Attention", {"q": Q, "k": K, "v": V}, {"bias": BIAS}, ATTENTION),
     "attention with both": (
@@ -119,10 +124,13 @@ def expected(case: str, kernels: Any) -> np.ndarray:
             *linear, **LINEAR, rows=rows, residual=RESIDUAL if "residual" in case or "all" in case else None
         ),
         "quantize": lambda: kernels.linear(*linear, **LINEAR, quantizer=UNIFORM),
-        "gelu": lambda: kernels.linear(*linear, **(LINEAR | {"activation": "gelu"}), quantizer=TWO_REGIONS),
+        "gelu": lambda: kernels.linear(
+            *linear, **(LINEAR | {"activation": "gelu"}), quantizer=TWO_REGIONS,
+            multiplier=MULTIPLIER if "multiplier" in case else None,
+        ),
         "attention": lambda: kernels.attention(
             Q, K, V, 3, SCALES, PROBABILITY, BIAS if "with" in case else None,
-            *((BIAS, UNIFORM) if "both" in case else ())
+            *((BIAS, UNIFORM) if "both" in case else ()), row_scale=True
         ),
         "patches": lambda: kernels.patches(IMAGE, 4, 3, UNIFORM),
     }  # fmt: skip
@@ -239,6 +247,7 @@ MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
         "LayerNormQuantize", {"X": X}, NORM_INPUTS | {"beta": np.zeros(3, np.float32)}, CASES["norm"][3]
     ),
     "epsilon must be": ("LayerNormQuantize", {"X": X}, NORM_INPUTS, CASES["norm"][3] | {"epsilon": -1.0}),
+    "row_scale is 2": ("Attention", {"q": Q, "k": K, "v": V}, {}, ATTENTION | {"row_scale": 2}),
     "heads is 0": ("Attention", {"q": Q, "k": K, "v": V}, {}, ATTENTION | {"heads": 0}),
     "patch_width is -1": ("QuantizePatches", {"X": IMAGE}, {}, CASES["patches"][3] | {"patch_width": -1}),
 }  # fmt: skip
