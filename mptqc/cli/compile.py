@@ -26,7 +26,7 @@ def compile(
     end_bits: Annotated[
         int | None, typer.Option("--end-bits", help="Of the patch embedding and the head (default: 8).")
     ] = None,
-    coverage: Annotated[str | None, typer.Option("--coverage", help="partial.")] = None,
+    coverage: Annotated[str | None, typer.Option("--coverage", help="partial or full (default: partial).")] = None,
     target: Annotated[
         str | None,
         typer.Option(
