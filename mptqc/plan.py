@@ -104,7 +104,10 @@ class TensorKind(StrEnum):
 
 
 class TensorPlan(Frozen):
-    """A tensor that no product reads as it is. Array `<site>/exponents` e [C] int8, if `exponents`: x̂ = 2^e·Q(x/2^e)."""
+    """A tensor that is no operand of a product.
+
+    If `exponents`, x̂ = 2^e·Q(x/2^e) with the array `<site>/exponents` e [C] int8, the smallest of them 0.
+    """
 
     site: str
     kind: TensorKind

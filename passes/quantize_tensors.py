@@ -7,8 +7,7 @@
 
 All three give (code − z)·Δ·2^e to the last bit. ONNX Runtime rewrites DequantizeLinear -> Add or Softmax ->
 QuantizeLinear as one integer operator that rounds otherwise (and QLinearSoftmax is slow); the Mul keeps it from that.
-Runs on float products, before the passes that quantize them. A second run would quantize the tensors twice: the
-matching of a Linear's output does not tell them apart, so it is refused.
+Runs on float products, before the passes that quantize them. A second run finds the tensors quantized and says so.
 """
 
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.plan import QuantPlan, TensorPlan
 
 UNIT_SCALE_NAME = "mptqc/unit_scale"
+MOST_EXPONENT = 60
+"""Far from float32's own limits, so that scales and quotients by powers of two are exact."""
 
 # ONNX Runtime has no integer form of these on CPUs.
 _NEVER_FUSED = ("LayerNormalization", "Gelu")
@@ -92,10 +93,11 @@ def exponents_of(planned: TensorPlan, plan: QuantPlan) -> NDArray[np.float32] | 
     if not planned.exponents:
         return None
     exponents = plan.array(f"{planned.site}/exponents")
-    if exponents.ndim != 1 or np.abs(exponents).max(initial=0) > 126:
+    if exponents.ndim != 1 or exponents.min(initial=0) != 0 or not exponents.max(initial=0) <= MOST_EXPONENT:
         raise PlanError(
-            f"{planned.site}: exponents have shape {exponents.shape} and reach {np.abs(exponents).max(initial=0):g}; "
-            "expected one for each channel, of float32: the plan is damaged"
+            f"{planned.site}: exponents have shape {exponents.shape}, from {exponents.min(initial=0):g} to "
+            f"{exponents.max(initial=0):g}; expected one for each channel, from 0 to at most {MOST_EXPONENT}: "
+            "the plan is damaged"
         )
     return np.exp2(exponents)
 
@@ -104,31 +106,37 @@ def _quantize(
     tensor: Tensor, planned: TensorPlan, factor: NDArray[np.float32] | None, order: dict[ir.Node, int]
 ) -> None:
     """Let every reader of the tensor read its dequantized codes."""
-    x = tensor.value
-    uses = list(x.uses())
+    uses = list(tensor.value.uses())
     build = Builder(min((use.node for use in uses), key=order.__getitem__), planned.site)
-    scaled = x if factor is None else _typed(build.op("Mul", [x, build.constant("divisor", 1 / factor)], name="scale"), x)
-    codes = emit_quantizer(scaled, Operand(planned.quantizer), build)
-    plain = factor is None and all(is_op(use.node, *_NEVER_FUSED) for use in uses)
-    opened = _open(codes, codes.scale if plain else _unit_scale(build.graph), build)
-    opened.metadata_props[SITE_KEY] = planned.site
-    result = _typed(opened.outputs[0], x)
-    if not plain:
-        scale = codes.scale
-        if factor is not None:
-            scale = build.constant("channel_scale", np.float32(planned.quantizer.scale) * factor)
-        result = _typed(build.op("Mul", [result, scale], name="dequantized"), x)
+    divided = tensor.value
+    if factor is not None:
+        divided = _multiply(divided, build.constant("divisor", 1 / factor), build, "divide")
+    codes = emit_quantizer(divided, Operand(planned.quantizer), build)
+    if factor is not None:
+        channel_scale = build.constant("channel_scale", np.float32(planned.quantizer.scale) * factor)
+        result = _multiply(
+            _open(codes, _unit_scale(build.graph), planned.site, build), channel_scale, build, "multiply"
+        )
+    elif all(is_op(use.node, *_NEVER_FUSED) for use in uses):
+        result = _open(codes, codes.scale, planned.site, build)
+    else:
+        result = _multiply(_open(codes, _unit_scale(build.graph), planned.site, build), codes.scale, build, "multiply")
     for use in uses:
         use.node.replace_input_with(use.idx, result)
 
 
-def _open(codes: Codes, scale: ir.Value, build: Builder) -> ir.Node:
-    return build.node("DequantizeLinear", [codes.codes, scale, codes.zero_point], name="dequantize")
+def _open(codes: Codes, scale: ir.Value, site: str, build: Builder) -> ir.Value:
+    """(codes − zero point)·scale; the node bears the site."""
+    node = build.node("DequantizeLinear", [codes.codes, scale, codes.zero_point], name="dequantize")
+    node.metadata_props[SITE_KEY] = site
+    node.outputs[0].shape, node.outputs[0].dtype = codes.codes.shape, ir.DataType.FLOAT
+    return node.outputs[0]
 
 
-def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
-    value.shape, value.dtype = like.shape, ir.DataType.FLOAT
-    return value
+def _multiply(value: ir.Value, factor: ir.Value, build: Builder, name: str) -> ir.Value:
+    product = build.op("Mul", [value, factor], name=name)
+    product.shape, product.dtype = value.shape, ir.DataType.FLOAT
+    return product
 
 
 def _unit_scale(graph: ir.Graph) -> ir.Value:

@@ -6,7 +6,7 @@ Scores           ‖(softmax(Q(s)) − softmax(s))V‖²
 All others       Σ_t ‖Q(x_t) − x_t‖²/var(x_t): tokens with massive activations do not decide alone
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mptqc.analysis.candidates import points_of
 from mptqc.analysis.observe import Rows, Slices
-from mptqc.analysis.ranges import OutputError, output_factor, search_quantizer
+from mptqc.analysis.ranges import output_factor, search_quantizer
 from mptqc.plan import ActivationQuantizer
 from mptqc.recipe import RangeMethod
 from mptqc.reference.custom_ops import gelu
@@ -60,6 +60,37 @@ def search_norm_input(
         exponents: whether per-channel powers of two are tried; the error at the readers decides, whatever `method` is.
         seed: of the choice of elements.
     """
+    error_of = _norm_error(rows, readers)
+    plain = _search_scaled(rows, None, bits, method, error_of, seed)
+    if not exponents:
+        return plain
+    found = [plain, *(_search_scaled(rows, each, bits, method, error_of, seed) for each in _exponents(rows))]
+    return min(found, key=lambda scaled: error_of(_fake_quantize(scaled, rows.rows)))
+
+
+def _search_scaled(
+    rows: Rows,
+    exponents: NDArray[np.int8] | None,
+    bits: int,
+    method: RangeMethod,
+    error_of: Callable[[Array], float],
+    seed: int,
+) -> Scaled:
+    """The best quantizer of x/2^e; `error_of` judges x̂."""
+    factor = _factor(exponents, rows.rows.shape[1])
+    x: Array = rows.rows / factor
+    weights: Array = _per_variance(rows)[:, None] * np.square(factor)
+    low, high = float((rows.low / factor).min()), float((rows.high / factor).max())
+    points = points_of(x.reshape(-1), weights.reshape(-1), low, high, seed)
+
+    def output_error(quantizer: ActivationQuantizer) -> float:
+        return error_of(fake_quantize(quantizer, x) * factor)
+
+    return Scaled(search_quantizer(points, bits, method, two_regions=False, output_error=output_error), exponents)
+
+
+def _norm_error(rows: Rows, readers: Sequence[NormReader]) -> Callable[[Array], float]:
+    """The error at the readers that a value x̂ in the place of the rows causes."""
     factors = [_reader_factor(reader) for reader in readers]
     normed = _normalised(rows.rows)
     root = np.sqrt(rows.weights)[:, None]
@@ -68,24 +99,19 @@ def search_norm_input(
         error = (_normalised(found) - normed) * root
         return sum(float(np.square(error @ factor).sum()) for factor in factors)
 
-    best: Scaled | None = None
-    least = np.inf
-    for tried in _exponents(rows) if exponents else [None]:
-        scale = np.ones(rows.rows.shape[1], np.float32) if tried is None else np.exp2(tried.astype(np.float32))
-        x = rows.rows / scale
+    return error_of
 
-        def output_error(quantizer: ActivationQuantizer, x: Array = x, scale: Array = scale) -> float:
-            return error_of(fake_quantize(quantizer, x) * scale)
 
-        weights = (_per_variance(rows)[:, None] * np.square(scale)).astype(np.float32).reshape(-1)
-        low, high = float((rows.low / scale).min()), float((rows.high / scale).max())
-        points = points_of(x.reshape(-1), weights, low, high, seed)
-        quantizer = search_quantizer(points, bits, method, two_regions=False, output_error=output_error)
-        error = output_error(quantizer) if exponents else 0.0
-        if error < least:
-            best, least = Scaled(quantizer, tried), error
-    assert best is not None, "no exponents at all are always tried"
-    return best
+def _fake_quantize(scaled: Scaled, x: Array) -> Array:
+    factor = _factor(scaled.exponents, x.shape[1])
+    found: Array = fake_quantize(scaled.quantizer, x / factor) * factor
+    return found
+
+
+def _factor(exponents: NDArray[np.int8] | None, channels: int) -> Array:
+    """2^e, [C]."""
+    factor: Array = np.exp2(np.zeros(channels, np.float32) if exponents is None else exponents.astype(np.float32))
+    return factor
 
 
 def search_gelu_input(
@@ -140,9 +166,8 @@ def _reader_factor(reader: NormReader) -> Array:
     return factor
 
 
-def _exponents(rows: Rows) -> Iterator[NDArray[np.int8] | None]:
-    """None, and for each target the exponents that bring every channel's reach within it."""
-    yield None
+def _exponents(rows: Rows) -> Iterator[NDArray[np.int8]]:
+    """For each target the exponents that bring every channel's reach within it, if any are needed; the least is 0."""
     reach = np.maximum(np.abs(rows.low), np.abs(rows.high)).astype(np.float64)
     median = np.median(reach)
     for target in EXPONENT_TARGETS:

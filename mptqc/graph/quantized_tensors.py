@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.errors import VerifyError
-from mptqc.graph.edit import constant_of, is_op, only_consumer
+from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 from mptqc.graph.integer_products import find_sources
 from mptqc.graph.match import site_of
 
@@ -21,7 +21,7 @@ class QuantizedTensor:
 
     Attributes:
         site: site id.
-        x: what is quantized, after the division by 2^e; None if an operator of `ai.mptqc` makes the codes.
+        x: the tensor, before any division by 2^e; None if an operator of `ai.mptqc` makes the codes.
         codes: uint8.
         zero_point: of the codes.
         result: float32, what the readers of the tensor read.
@@ -55,6 +55,6 @@ def _read(node: ir.Node) -> QuantizedTensor:
     if codes is None or scale is None or zero_point is None or zero_point.size != 1:
         raise VerifyError(f"{site}: {node.name} has no constant scale and zero point; the file was edited")
     (source,) = find_sources(codes)
-    return QuantizedTensor(
-        site, source.x, codes, int(zero_point.reshape(-1)[0]), result, scale.astype(np.float32, copy=False)
-    )
+    divided = producer(source.x, "Mul") if scale.size > 1 else None
+    x = source.x if divided is None else divided.inputs[0]
+    return QuantizedTensor(site, x, codes, int(zero_point.reshape(-1)[0]), result, scale.astype(np.float32, copy=False))

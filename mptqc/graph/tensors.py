@@ -1,4 +1,4 @@
-"""The tensors that full coverage quantizes besides the operands of products, and those it cannot (METHOD, Full coverage).
+"""The tensors that full coverage quantizes besides operands of products, and those it cannot (METHOD, Full coverage).
 
     <linear>.output       a Linear's output that is no operand: GELU's input, a branch that is added to the stream
     <norm>.output         a norm's output that is no operand: what a mean is taken of
@@ -199,18 +199,17 @@ def _linear_above(value: ir.Value | None) -> Linear | None:
 
 def _score_path(attention: Attention) -> set[ir.Value]:
     """The values from the product of q and k to the softmax, and the probabilities."""
-    found = {attention.scores.outputs[0], attention.softmax.outputs[0]}
+    start = attention.scores.outputs[0]
 
-    def leads_from_scores(value: ir.Value | None) -> bool:
+    def path_to(value: ir.Value | None) -> set[ir.Value]:
+        """The values from the start to `value`, both included; none if no path leads there."""
         node = producer(value, *SCORE_OPS)
-        if value is None or value in found or node is None:
-            return value in found
-        if any([leads_from_scores(operand) for operand in node.inputs]):
-            found.add(value)
-        return value in found
+        if value is start or value is None or node is None:
+            return {start} & {value}
+        found = set().union(*map(path_to, node.inputs))
+        return found | {value} if found else found
 
-    leads_from_scores(attention.softmax.inputs[0])
-    return found
+    return path_to(attention.softmax.inputs[0]) | {start, attention.softmax.outputs[0]}
 
 
 def _refuse(site: str, reason: str) -> Refusal:
