@@ -93,10 +93,10 @@ def exponents_of(planned: TensorPlan, plan: QuantPlan) -> NDArray[np.float32] | 
     if not planned.exponents:
         return None
     exponents = plan.array(f"{planned.site}/exponents")
-    if exponents.ndim != 1 or exponents.min(initial=0) != 0 or not exponents.max(initial=0) <= MOST_EXPONENT:
+    if exponents.ndim != 1 or exponents.min() != 0 or not exponents.max() <= MOST_EXPONENT:
         raise PlanError(
-            f"{planned.site}: exponents have shape {exponents.shape}, from {exponents.min(initial=0):g} to "
-            f"{exponents.max(initial=0):g}; expected one for each channel, from 0 to at most {MOST_EXPONENT}: "
+            f"{planned.site}: exponents have shape {exponents.shape}, from {exponents.min():g} to "
+            f"{exponents.max():g}; expected one for each channel, from 0 to at most {MOST_EXPONENT}: "
             "the plan is damaged"
         )
     return np.exp2(exponents)
