@@ -27,6 +27,8 @@ EXPONENT_TARGETS = (1.0, 4.0)
 MOST_EXPONENT = 7
 MASKED = 16.0
 """Scores farther than this below the largest of their row count as masked: softmax gives them 1e-7 at most."""
+GELU_ZERO = -4.0
+"""GELU of what lies below is 0 to −1.3e-4."""
 EPSILON = 1e-6
 CODES = 256
 
@@ -117,8 +119,17 @@ def _factor(exponents: NDArray[np.int8] | None, channels: int) -> Array:
 def search_gelu_input(
     rows: Rows, weights: Sequence[Array], bits: int, method: RangeMethod, *, seed: int
 ) -> ActivationQuantizer:
-    """The quantizer of what a GELU reads; `weights`: W [C, N] of the Linears that read the GELU."""
-    points = points_of(rows.rows, rows.weights, float(rows.low.min()), float(rows.high.max()), seed)
+    """The quantizer of what a GELU reads; its range ends where GELU is next to 0.
+
+    Args:
+        rows: samples of the tensor, [n, C].
+        weights: W [C, N] of the Linears that read the GELU.
+        bits: 2..8.
+        method: how to choose.
+        seed: of the choice of elements.
+    """
+    low = max(float(rows.low.min()), GELU_ZERO)
+    points = points_of(np.maximum(rows.rows, np.float32(GELU_ZERO)), rows.weights, low, float(rows.high.max()), seed)
     factor = output_factor(weights) if weights else np.eye(rows.rows.shape[1], dtype=np.float32)
     after = gelu(rows.rows)
     root = np.sqrt(rows.weights)[:, None]
