@@ -51,12 +51,12 @@ class QuantizeTensors(Pass):
         if not self.plan.tensors:
             return PassResult(model, 0)
         found = [
-            (tensor, planned, exponents_of(planned, self.plan))
+            (tensor, planned, channel_factors(planned, self.plan))
             for tensor, planned in find_planned_tensors(model, self.plan)
         ]
         order = {node: position for position, node in enumerate(model.graph)}
-        for tensor, planned, exponents in found:
-            _quantize(tensor, planned, exponents, order)
+        for tensor, planned, factors in found:
+            _quantize(tensor, planned, factors, order)
         return PassResult(model, len(found))
 
 
@@ -84,7 +84,7 @@ def find_planned_tensors(model: ir.Model, plan: QuantPlan) -> list[tuple[Tensor,
     return found
 
 
-def exponents_of(planned: TensorPlan, plan: QuantPlan) -> NDArray[np.float32] | None:
+def channel_factors(planned: TensorPlan, plan: QuantPlan) -> NDArray[np.float32] | None:
     """2^e [C] of a tensor, or None if it has no exponents.
 
     Raises:
