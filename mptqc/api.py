@@ -44,7 +44,7 @@ class CompileReport:
         if self.checks is not None:
             lines.append(
                 f"verified: {self.checks.integer_products} products run in integers, {self.checks.float_products} in "
-                "floats; all equal the numpy reference"
+                f"floats{self._tensors()}; all equal the numpy reference"
             )
         if self.fidelity is not None and self.fidelity.sqnr_db is not None:
             poorest = ", ".join(f"{site} {rate:.1f} dB" for site, rate in self.fidelity.sites[:POOREST])
@@ -53,6 +53,10 @@ class CompileReport:
                 f"poorest Linears: {poorest}"
             )
         return "\n".join(lines)
+
+    def _tensors(self) -> str:
+        count = 0 if self.checks is None else len(self.checks.tensors)
+        return f"; {count} tensors between them are quantized too" if count else ""
 
 
 @dataclass(frozen=True)

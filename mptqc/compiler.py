@@ -22,6 +22,7 @@ from mptqc.errors import ModelError, PlanError, RecipeError
 from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.io import load_model, model_digest
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
+from mptqc.graph.tensors import find_tensors
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
@@ -34,6 +35,7 @@ from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
+from mptqc.passes.quantize_tensors import QuantizeTensors
 from mptqc.passes.rotate_heads import RotateHeads
 from mptqc.passes.rotate_streams import RotateStreams
 from mptqc.passes.scale_probabilities import ScaleProbabilities
@@ -42,7 +44,7 @@ from mptqc.passes.set_biases import SetBiases
 from mptqc.passes.stamp_sites import StampSites
 from mptqc.passes.unfold_patches import UnfoldPatches
 from mptqc.plan import PLAN_KEY, QuantPlan
-from mptqc.recipe import Recipe, Target
+from mptqc.recipe import Coverage, Recipe, Target
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ def check_site_patterns(model: ir.Model, recipe: Recipe) -> None:
     """
     known = [linear.site for linear in find_linears(model)]
     known += [attention.site for attention in find_attentions(model)]
+    if recipe.coverage is Coverage.FULL:
+        known += [tensor.site for tensor in find_tensors(model).found]
     for pattern in recipe.sites:
         if not any(fnmatchcase(site, pattern) for site in known):
             raise RecipeError(f"the recipe's site {pattern!r} matches no site; the model has {', '.join(known)}")
@@ -182,7 +186,7 @@ def prune(model: ir.Model) -> None:
 
 def quantize(model: ir.Model, plan: QuantPlan) -> None:
     """Make what the plan names run in integers, in place; the model stays at stage smoothed."""
-    run_passes(model, [SetBiases(plan), QuantizeLinears(plan), QuantizeAttentions(plan)])
+    run_passes(model, [SetBiases(plan), QuantizeTensors(plan), QuantizeLinears(plan), QuantizeAttentions(plan)])
 
 
 def emit(model: ir.Model, plan: QuantPlan) -> None:

@@ -6,6 +6,7 @@ On disk: `plan.json` (readable; scalars and bits) and `plan.safetensors` beside 
 import hashlib
 import json
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,6 +92,29 @@ class AttentionPlan(Frozen):
     v: ActivationQuantizer
 
 
+class TensorKind(StrEnum):
+    """What a tensor that full coverage adds is; see METHOD, Full coverage."""
+
+    NORM_INPUT = "norm-input"
+    GELU_INPUT = "gelu-input"
+    SCORES = "scores"
+    PRODUCT_OUTPUT = "product-output"
+    NORM_OUTPUT = "norm-output"
+    SUM = "sum"
+
+
+class TensorPlan(Frozen):
+    """A tensor that is no operand of a product.
+
+    If `exponents`, x̂ = 2^e·Q(x/2^e) with the array `<site>/exponents` e [C] int8, the smallest of them 0.
+    """
+
+    site: str
+    kind: TensorKind
+    quantizer: ActivationQuantizer
+    exponents: bool = False
+
+
 class NormFold(Frozen):
     """SQ-b at one norm. Arrays `<site>/shift` and `<site>/scale`, [C]: x' = (x − shift)/scale."""
 
@@ -136,6 +160,7 @@ class QuantPlan(Frozen):
     gelu_folds: tuple[GeluFold, ...] = ()
     layers: tuple[LayerPlan, ...] = ()
     attentions: tuple[AttentionPlan, ...] = ()
+    tensors: tuple[TensorPlan, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     preprocess: str | None = None
     arrays: Mapping[str, NDArray[np.generic]] = Field(default_factory=dict, exclude=True, repr=False)

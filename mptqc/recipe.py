@@ -28,6 +28,7 @@ class Coverage(StrEnum):
     """Which tensors are quantized; see METHOD, Sites."""
 
     PARTIAL = "partial"
+    FULL = "full"
 
 
 class Target(StrEnum):
@@ -55,6 +56,7 @@ class Recipe(BaseModel):
         activation_bits: bits of every quantized activation, 2..8.
         end_bits: bits (weights and activations) of the patch embedding and the head.
         coverage: which tensors are quantized.
+        stream_exponents: with full coverage, per-channel powers of two compete for the tensors that norms read.
         target: operators the emitted model may use.
         samples: calibration images used, at most.
         views: augmented views made of each calibration image, the image itself included; 1 makes none.
@@ -78,6 +80,7 @@ class Recipe(BaseModel):
     activation_bits: Bits = 8
     end_bits: Bits = 8
     coverage: Coverage = Coverage.PARTIAL
+    stream_exponents: bool = True
     target: Target = Target.PORTABLE
     samples: Annotated[int, Field(ge=1)] = 64
     views: Annotated[int, Field(ge=1, le=16)] = 1
@@ -88,8 +91,8 @@ class Recipe(BaseModel):
     alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.7, 0.85, 1.0)
     opt_m: bool = True
     attention_folds: bool = True
-    row_scale: bool = True
-    gelu_folds: bool = True
+    row_scale: bool = False
+    gelu_folds: bool = False
     compensation: bool = True
     sites: Mapping[str, SiteOverride] = Field(default_factory=dict)
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from mptqc.errors import RefusalError
 from mptqc.graph.batch_shapes import Batches
-from mptqc.graph.edit import AttributeValue, Builder, remove_dead
+from mptqc.graph.edit import AttributeValue, Builder, is_op, only_consumer, remove_dead
 from mptqc.graph.emission import WEIGHT_BITS_KEY
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, stored_weight
 from mptqc.graph.layout import Shapes
@@ -76,6 +76,7 @@ class LowerToNative(Pass):
         for each in patches:
             _lower_patches(each, shapes)
         linears = _matches("Linear", _linears(model), lambda linear: match_linear(linear, shapes, claimed), refused)
+        refused += _gelus_apart(linears)
         for linear in linears:
             _lower_linear(linear)
         remove_dead(model)
@@ -119,6 +120,17 @@ def _norms(model: ir.Model) -> list[tuple[str, Norm]]:
 
 def _linears(model: ir.Model) -> list[tuple[str, IntegerProduct]]:
     return [(product.site, product) for product in find_integer_products(model) if product.is_linear]
+
+
+def _gelus_apart(linears: Iterable[LinearPattern]) -> list[Lowering]:
+    """The Linears whose GELU stays portable, because what it reads is quantized (full coverage)."""
+    found = []
+    for linear in linears:
+        opened = only_consumer(linear.output) if linear.quantizer is not None else None
+        after = only_consumer(opened.outputs[0]) if is_op(opened, "DequantizeLinear") and opened is not None else None
+        if is_op(after, "Gelu"):
+            found.append(Lowering(linear.product.site, "Linear with GELU", "what its GELU reads is quantized"))
+    return found
 
 
 def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:

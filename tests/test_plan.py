@@ -14,6 +14,8 @@ from mptqc.plan import (
     NormFold,
     QuantPlan,
     Refusal,
+    TensorKind,
+    TensorPlan,
     TwoRegion,
     Uniform,
     load_plan,
@@ -34,9 +36,14 @@ def plan() -> QuantPlan:
         attention_folds=(AttentionFold(site="block00.attention"),),
         layers=(LayerPlan(site="block00.fc2", weight_bits=3, input=LONG_TAIL),),
         attentions=(AttentionPlan(site="block00.attention", q=U8, k=U8, p=LONG_TAIL, v=U8),),
+        tensors=(
+            TensorPlan(site="block00.norm1.input", kind=TensorKind.NORM_INPUT, quantizer=U8, exponents=True),
+            TensorPlan(site="block00.attention.scores", kind=TensorKind.SCORES, quantizer=U8),
+        ),
         refusals=(Refusal(site="block00.norm2", what="smoothing", reason="also read by ReduceMean"),),
         preprocess='{"size": 224}',
         arrays={
+            "block00.norm1.input/exponents": np.array([0, 3], np.int8),
             "block00.norm1/scale": np.array([0.5, 2], np.float32),
             "block00.fc2/weight_codes": np.arange(-4, 4, dtype=np.int8).reshape(2, 4),
         },

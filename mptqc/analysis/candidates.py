@@ -44,7 +44,7 @@ def points_of(
     """Random elements, weighted, and the ones farthest out, each with weight 1.
 
     Args:
-        values: [n, ...]; weights: [n], how many of the data each row stands for, or None for 1.
+        values: [n, ...]; weights: [n], how many of the data each row stands for, or what it counts; None for 1.
         low: the smallest value over all the data, high: the largest; both are widened to hold 0.
         seed: of the choice of elements.
     """

@@ -82,10 +82,16 @@ def compensate(
         exact_side.advance([value for member in group for value in _needed(member.linear, member.residual)])
         quantized_side.advance([value for member in group for value in _needed(member.twin, member.residual)])
         plan = plan.with_arrays(_solve(*_collect(group, exact_side, quantized_side), group))
-        quantize(partial, plan.model_copy(update={"layers": tuple(member.layer for member in group), "attentions": ()}))
+        quantize(partial, _only(plan, group))
         done += len(group)
     report("compensate", done, len(linears))
     return plan
+
+
+def _only(plan: QuantPlan, group: Sequence[Member]) -> QuantPlan:
+    """The plan of these Linears and nothing else."""
+    layers = tuple(member.layer for member in group)
+    return plan.model_copy(update={"layers": layers, "attentions": (), "tensors": ()})
 
 
 def find_residual(linear: Linear, shapes: Shapes) -> Residual | None:

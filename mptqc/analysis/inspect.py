@@ -1,7 +1,7 @@
 """What a compiled file holds, from the file alone: the plan in its metadata, checked against its initializers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +10,20 @@ import onnx_ir as ir
 from mptqc.errors import ModelError, VerifyError
 from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.integer_sites import PRODUCTS_OF_AN_ATTENTION, IntegerSite, find_integer_sites
-from mptqc.graph.match import find_linears
+from mptqc.graph.match import find_linears, site_of
+from mptqc.graph.quantized_tensors import QuantizedTensor, find_quantized_tensors
 from mptqc.plan import ActivationQuantizer, QuantPlan, TwoRegion
 
 
 @dataclass(frozen=True)
 class OperandRow:
-    """One quantized operand of an integer product.
+    """One quantized operand of an integer product, or one quantized tensor that is none (full coverage).
 
     Attributes:
-        site: site id of the Linear or attention.
-        kind: "linear" or "attention".
-        operand: "input" of a Linear; "q", "k", "p" (softmax output) or "v" of an attention.
-        weight_bits: bits of the Linear's weight; None for an attention.
+        site: site id of the Linear, attention or tensor.
+        kind: "linear", "attention" or "tensor".
+        operand: "input" of a Linear; "q", "k", "p" (softmax output) or "v" of an attention; a tensor's kind.
+        weight_bits: bits of the Linear's weight; None for all others.
         activation_bits: bits of the operand's codes.
         scale: Δ of the operand.
         zero_point: its zero point, as a code of `activation_bits` bits (two-region: of the low region).
@@ -31,7 +32,8 @@ class OperandRow:
         split: two-region: the regions meet at split·Δ; else None.
         low_codes: two-region: codes of the fine region; else None.
         alpha: migration strength of the smoothing folded into the norm before a Linear; None if there is none.
-        weight_bytes: bytes of the weight's codes in the file; 0 for an attention.
+        weight_bytes: bytes of the weight's codes in the file; 0 for all others.
+        exponents: tensor: whether its channels have powers of two of their own; else None.
     """
 
     site: str
@@ -47,6 +49,7 @@ class OperandRow:
     low_codes: int | None
     alpha: float | None
     weight_bytes: int
+    exponents: bool | None
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ class Totals:
     Attributes:
         integer_linears: Linears that run in integers.
         integer_attentions: attentions whose two products run in integers.
+        quantized_tensors: tensors that are no operands and yet quantized.
         float_linears: Linears that the plan leaves float.
         average_weight_bits: over all weights of integer Linears.
-        average_activation_bits: over all quantized operands.
+        average_activation_bits: over all quantized operands and tensors.
         weight_bytes: codes of all integer Linears.
         other_bytes: everything else in the file: scales, biases, float weights, the graph.
         file_bytes: the file and its external data.
@@ -66,6 +70,7 @@ class Totals:
 
     integer_linears: int
     integer_attentions: int
+    quantized_tensors: int
     float_linears: int
     average_weight_bits: float
     average_activation_bits: float
@@ -92,11 +97,12 @@ def inspect_model(path: Path) -> Inspection:
     model, plan = load_compiled(path)
     try:
         sites = find_integer_sites(model)
+        tensors = find_quantized_tensors(model)
     except VerifyError as error:
         raise ModelError(f"{path}: {error}") from error
     layers = _layer_rows(sites, plan, path)
-    rows = [*layers, *_attention_rows(sites, plan, path)]
-    order = {found.site: position for position, found in enumerate(sites)}
+    rows = [*layers, *_attention_rows(sites, plan, path), *_tensor_rows(tensors, plan, path)]
+    order = {site_of(node): position for position, node in enumerate(model.graph)}
     rows.sort(key=lambda row: order[row.site])
     weights = [found.weight for found in sites if found.weight is not None]
     weight_bytes = sum(row.weight_bytes for row in rows)
@@ -104,6 +110,7 @@ def inspect_model(path: Path) -> Inspection:
     totals = Totals(
         integer_linears=len(layers),
         integer_attentions=len(plan.attentions),
+        quantized_tensors=len(tensors),
         float_linears=len(find_linears(model)),
         average_weight_bits=sum(weight.bits * weight.codes.size for weight in weights)
         / max(sum(weight.codes.size for weight in weights), 1),
@@ -150,6 +157,20 @@ def _attention_rows(sites: Sequence[IntegerSite], plan: QuantPlan, path: Path) -
     return rows
 
 
+def _tensor_rows(tensors: Sequence[QuantizedTensor], plan: QuantPlan, path: Path) -> list[OperandRow]:
+    by_site = {found.site: found for found in tensors}
+    rows = []
+    for planned in plan.tensors:
+        found = by_site.get(planned.site)
+        if found is None:
+            raise _edited(path, planned.site, "planned as a quantized tensor", "not quantized")
+        # Powers of two are at least 1, and 1 for half of the channels.
+        _check_scale(float(found.scale.min()), planned.quantizer, planned.site, path)
+        row = _row(planned.site, "tensor", planned.kind.value, planned.quantizer, None, None, 0)
+        rows.append(replace(row, exponents=planned.exponents))
+    return rows
+
+
 def _row(
     site: str,
     kind: str,
@@ -174,6 +195,7 @@ def _row(
         low_codes=two_region.low_codes if two_region else None,
         alpha=alpha,
         weight_bytes=weight_bytes,
+        exponents=None,
     )
 
 

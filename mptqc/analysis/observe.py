@@ -47,6 +47,7 @@ class Slices:
     """Sampled operands of one attention: q [n, T, d], k [n, S, d], p [n, T, S], v [n, S, d]; `heads` [n].
 
     T: as many of the queries as `MOST_QUERIES`, chosen for each slice anew.
+    `scores` [n, T, S], what its softmax reads, if they were asked for.
     """
 
     q: Array
@@ -54,6 +55,7 @@ class Slices:
     p: Array
     v: Array
     heads: NDArray[np.int64]
+    scores: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -117,25 +119,25 @@ class _SliceCollector:
     heads: list[NDArray[np.int64]] = field(default_factory=list)
     seen: int = 0
 
-    def add(self, operands: tuple[Array, Array, Array, Array], images: int) -> None:
-        q, k, p, v = operands
+    def add(self, operands: Sequence[Array], images: int) -> None:
+        q = operands[0]
         self.seen += images
         due = round(self.wanted * self.seen / self.total_images) - sum(len(heads) for heads in self.heads)
         slices = int(np.prod(q.shape[:-2]))
         chosen = np.sort(self.random.choice(slices, min(due, slices), replace=False))
-        flat = [value.reshape(slices, *value.shape[-2:])[chosen] for value in (q, k, p, v)]
+        flat = [value.reshape(slices, *value.shape[-2:])[chosen] for value in operands]
         flat[1] = np.ascontiguousarray(np.swapaxes(flat[1], 1, 2))
         queries = flat[0].shape[1]
         if queries > MOST_QUERIES:
             order = self.random.permuted(np.tile(np.arange(queries), (len(chosen), 1)), axis=1)[:, :MOST_QUERIES]
-            for index in (0, 2):
+            for index in (0, 2, *range(4, len(flat))):
                 flat[index] = np.take_along_axis(flat[index], order[:, :, None], axis=1)
         self.parts.append(tuple(flat))
         self.heads.append(chosen % q.shape[-3])
 
     def slices(self) -> Slices:
-        q, k, p, v = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
-        return Slices(q, k, p, v, np.concatenate(self.heads))
+        q, k, p, v, *scores = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
+        return Slices(q, k, p, v, np.concatenate(self.heads), *scores)
 
 
 def observe(
@@ -146,6 +148,8 @@ def observe(
     shapes: dict[str, tuple[int, ...]],
     seed: int,
     report: Progress,
+    *,
+    scores: bool = False,
 ) -> Observations:
     """Run all samples once and collect what the searches need; memory does not grow with their number.
 
@@ -157,18 +161,18 @@ def observe(
         shapes: concrete shapes at batch 1.
         seed: seed of the choice of rows and slices.
         report: called with (step, done, total) as images pass.
+        scores: whether what the attentions' softmaxes read is sampled too.
     """
     names = list(dict.fromkeys(str(value.name) for value in values))
     operands = {
-        attention.site: [str(value.name) for value in (attention.q, attention.k, attention.p, attention.v)]
-        for attention in attentions
+        attention.site: [str(value.name) for value in _sampled(attention, scores=scores)] for attention in attentions
     }
-    outputs = list(dict.fromkeys([*names, *(name for four in operands.values() for name in four)]))
+    outputs = list(dict.fromkeys([*names, *(name for those in operands.values() for name in those)]))
     random = np.random.default_rng(seed)
     row_collectors = {name: _RowCollector(samples.count, random) for name in names}
     slice_collectors = {
-        site: _SliceCollector(_slices_wanted(shapes[four[2]], samples.count), samples.count, random)
-        for site, four in operands.items()
+        site: _SliceCollector(_slices_wanted(shapes[those[2]], samples.count), samples.count, random)
+        for site, those in operands.items()
     }
     image_bytes = 4 * sum(int(np.prod(shapes[name])) for name in outputs)
     done = 0
@@ -176,14 +180,18 @@ def observe(
         for name, row_collector in row_collectors.items():
             row_collector.add(found[name], images)
         for site, slice_collector in slice_collectors.items():
-            q, k, p, v = (found[name] for name in operands[site])
-            slice_collector.add((q, k, p, v), images)
+            slice_collector.add([found[name] for name in operands[site]], images)
         done = min(done + images, samples.count)
         report("observe", done, samples.count)
     return Observations(
         {name: collector.rows() for name, collector in row_collectors.items()},
         {site: collector.slices() for site, collector in slice_collectors.items()},
     )
+
+
+def _sampled(attention: Attention, *, scores: bool) -> list[ir.Value]:
+    """q, k, p, v and, if asked for, the scores."""
+    return [attention.q, attention.k, attention.p, attention.v, *([attention.masked_scores] if scores else [])]
 
 
 def _slices_wanted(probabilities: tuple[int, ...], images: int) -> int:

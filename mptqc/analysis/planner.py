@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mptqc.analysis.observe import Observations, Progress, observe, origin
 from mptqc.analysis.ranges import search_attention, search_linear_input
 from mptqc.analysis.smoothing import Smoothing, plan_attention, plan_gelu, plan_norm
+from mptqc.analysis.tensor_planner import plan_tensors
 from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
 from mptqc.data.samples import Samples
 from mptqc.errors import RefusalError
@@ -22,6 +23,7 @@ from mptqc.graph.blocks import (
 )
 from mptqc.graph.edit import is_op
 from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms, site_of
+from mptqc.graph.tensors import Tensors, find_tensors
 from mptqc.plan import (
     ActivationQuantizer,
     AttentionFold,
@@ -31,8 +33,9 @@ from mptqc.plan import (
     NormFold,
     QuantPlan,
     Refusal,
+    TensorKind,
 )
-from mptqc.recipe import RangeMethod, Recipe
+from mptqc.recipe import Coverage, RangeMethod, Recipe
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -156,10 +159,15 @@ def _foldable_activations(model: ir.Model, shapes: Shapes, refusals: list[Refusa
 
 
 def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPlan, report: Progress) -> QuantPlan:
-    """Add the quantizer of every Linear and attention; `model` has the plan's folds applied."""
+    """Add the quantizer of every Linear, attention and, for full coverage, tensor; `model` has the folds applied."""
     recipe = plan.recipe
     linears, attentions = find_linears(model), find_attentions(model)
-    seen = observe(model, samples, [linear.input for linear in linears], attentions, shapes, recipe.seed, report)
+    tensors = find_tensors(model) if recipe.coverage is Coverage.FULL else Tensors((), ())
+    values = [linear.input for linear in linears]
+    values += [tensor.value for tensor in tensors.found if tensor.kind is not TensorKind.SCORES]
+    seen = observe(
+        model, samples, values, attentions, shapes, recipe.seed, report, scores=recipe.coverage is Coverage.FULL
+    )
     inputs: dict[tuple[str, int], ActivationQuantizer] = {}
     moments: dict[str, NDArray[np.float32]] = {}
     arrays: dict[str, NDArray[np.generic]] = {}
@@ -180,9 +188,14 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
             moments = {name: second_moment(rows)}
         arrays[f"{linear.site}/weight_scale"] = _weight_scale(linear, weight_bits, recipe, moments.get(name))
         layers.append(LayerPlan(site=linear.site, weight_bits=weight_bits, input=inputs[name, bits]))
-    return plan.model_copy(
-        update={"layers": tuple(layers), "attentions": _plan_attentions(attentions, seen, recipe, report)}
+    plan = plan.model_copy(
+        update={
+            "layers": tuple(layers),
+            "attentions": _plan_attentions(attentions, seen, recipe, report),
+            "refusals": plan.refusals + tensors.refusals,
+        }
     ).with_arrays(arrays)
+    return plan_tensors(model, tensors.found, seen, plan, report)
 
 
 def _weight_scale(linear: Linear, bits: int, recipe: Recipe, moment: NDArray[np.float32] | None) -> NDArray[np.float32]:

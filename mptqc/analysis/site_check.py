@@ -1,4 +1,4 @@
-"""What was found of one integer product on one batch."""
+"""What was found of one integer product, or of one quantized tensor, on one batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ Values: TypeAlias = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """One integer product on one batch.
+    """One integer product, or one quantized tensor, on one batch.
 
     Attributes:
         site: site id.
-        product: name of the product's node.
+        product: name of the product's node, or of the tensor's codes.
         code_mismatches: codes that are not the reference's, of `codes` compared; of an operator of `ai.mptqc`, outputs.
         codes: how many were compared.
         error: largest |output − reference|, in units of its own tolerance; at most 1 passes.

@@ -3,7 +3,7 @@
 Two questions:
 1. After ONNX Runtime's own graph optimization, is every planned product one operator that multiplies integers?
 2. On one batch, site by site: do the codes equal `reference.quantize` of the very floats that were quantized, and does
-   the product equal the exact integer sum, scaled in float32?
+   the product equal the exact integer sum, scaled in float32? Likewise tensor by tensor, where coverage is full.
 """
 
 import logging
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mptqc.analysis.site_check import EPSILON, SiteCheck, Values
 from mptqc.analysis.verify_native import check_native_numbers, check_native_weights
+from mptqc.analysis.verify_tensors import check_tensors
 from mptqc.errors import VerifyError
 from mptqc.graph.edit import constant_of
 from mptqc.graph.integer_products import (
@@ -54,6 +55,7 @@ class VerifyReport:
         integer_products: products that run in integers (Linears + 2 · attentions).
         float_products: products that still run in floats: those that the plan leaves float.
         sites: one entry per product, in graph order.
+        tensors: one entry per quantized tensor that is no operand (full coverage), in graph order.
         worst: site with the largest error (relative to its tolerance).
     """
 
@@ -61,6 +63,7 @@ class VerifyReport:
     integer_products: int
     float_products: int
     sites: tuple[SiteCheck, ...]
+    tensors: tuple[SiteCheck, ...]
     worst: str
 
 
@@ -88,11 +91,18 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
     fused = {str(product.output.name) for product in products if makers.get(str(product.output.name)) == FUSED_OP}
     checks = _check_numbers(proto, products, _quantizers(products, plan), batch, fused)
     checks += check_native_numbers(native, plan, lambda names: _values(proto, names, batch))
-    _raise_if_wrong(checks)
+    tensors = check_tensors(compiled, plan, lambda names: _values(proto, names, batch))
+    _raise_if_wrong(checks, "integer products")
+    _raise_if_wrong(tensors, "quantized tensors")
     worst = max(checks, key=lambda check: check.error, default=None)
     found = matmul_counts(counts)
     report = VerifyReport(
-        counts, found.integer_matmuls, found.float_matmuls, tuple(checks), "" if worst is None else worst.site
+        counts,
+        found.integer_matmuls,
+        found.float_matmuls,
+        tuple(checks),
+        tuple(tensors),
+        "" if worst is None else worst.site,
     )
     slow = [check.site for check in checks if not check.fused]
     if slow:
@@ -260,13 +270,13 @@ def _expected(
     return expected, np.abs(expected)
 
 
-def _raise_if_wrong(checks: Sequence[SiteCheck]) -> None:
+def _raise_if_wrong(checks: Sequence[SiteCheck], what: str) -> None:
     wrong = [check for check in checks if check.code_mismatches or not check.error <= 1]
     if not wrong:
         return
     worst = max(wrong, key=lambda check: (check.code_mismatches / max(check.codes, 1), check.error))
     raise VerifyError(
-        f"{len(wrong)} of {len(checks)} integer products do not give what the plan means; the worst is {worst.site} "
+        f"{len(wrong)} of {len(checks)} {what} do not give what the plan means; the worst is {worst.site} "
         f"({worst.product}): {worst.code_mismatches} of {worst.codes} codes differ, and the output is off by "
         f"{worst.error:.1f} times what float32 rounding allows. Was the model edited after it was compiled, or does it "
         "belong to another plan?"

@@ -116,6 +116,9 @@ def _planned_output(node: ir.Node, plan: QuantPlan) -> ActivationQuantizer:
             elif is_native(use.node, *LINEAR_OPS):
                 _check_zero_point(node, use.node, "input_zero_point")
                 return _layer(use.node, plan).input
+            elif is_op(use.node, "DequantizeLinear"):
+                _check_opened(node, use.node)
+                return next(tensor for tensor in plan.tensors if tensor.site == site_of(use.node)).quantizer
             elif any(each.site == site_of(use.node) for each in plan.layers):
                 return _layer(use.node, plan).input
             elif is_op(use.node, "MatMulInteger"):  # an attention in portable form: k and v of it are int8
@@ -129,6 +132,16 @@ def _check_zero_point(writer: ir.Node, reader: ir.Node, name: str) -> None:
         raise VerifyError(
             f"{site_of(reader)}: {name} is {read}, but {writer.name} writes codes with zero point {written}; the file "
             "was edited after it was compiled"
+        )
+
+
+def _check_opened(writer: ir.Node, reader: ir.Node) -> None:
+    """A tensor's DequantizeLinear takes for zero what the operator writes for zero."""
+    read = constant_of(reader.inputs[2])
+    if read is None or int(read) != writer.attributes["output_zero_point"].as_int():
+        raise VerifyError(
+            f"{site_of(reader)}: {reader.name} takes another code for zero than {writer.name} writes; the file was "
+            "edited after it was compiled"
         )
 
 

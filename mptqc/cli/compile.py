@@ -26,7 +26,14 @@ def compile(
     end_bits: Annotated[
         int | None, typer.Option("--end-bits", help="Of the patch embedding and the head (default: 8).")
     ] = None,
-    coverage: Annotated[str | None, typer.Option("--coverage", help="partial.")] = None,
+    coverage: Annotated[str | None, typer.Option("--coverage", help="partial or full (default: partial).")] = None,
+    stream_exponents: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream-exponents/--no-stream-exponents",
+            help="With full coverage, powers of two per channel compete for what norms read (default: on).",
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +102,7 @@ def compile(
         "activation_bits": activation_bits,
         "end_bits": end_bits,
         "coverage": coverage,
+        "stream_exponents": stream_exponents,
         "target": target,
         "samples": samples,
         "seed": seed,

@@ -22,9 +22,9 @@ def inspect(
     """Show what a compiled model holds: per layer bits, scales, smoothing, bytes.
 
     JSON keys: target; layers: site, kind, operand, weight_bits, activation_bits, scale, zero_point, quantizer, m,
-    split, low_codes, alpha, weight_bytes; totals: integer_linears, integer_attentions, float_linears,
-    average_weight_bits, average_activation_bits, weight_bytes, other_bytes, file_bytes. null where a layer has no
-    such figure.
+    split, low_codes, alpha, weight_bytes, exponents; totals: integer_linears, integer_attentions, quantized_tensors,
+    float_linears, average_weight_bits, average_activation_bits, weight_bytes, other_bytes, file_bytes. null where a
+    layer has no such figure.
     """
     inspection = inspect_model(model)
     if as_json:
@@ -72,7 +72,7 @@ def _totals_table(inspection: Inspection) -> Table:
 
 def _quantizer(row: OperandRow) -> str:
     if row.m is None:
-        return row.quantizer
+        return f"{row.quantizer}, exponents" if row.exponents else row.quantizer
     return f"m={row.m} split={row.split} low={row.low_codes}"
 
 

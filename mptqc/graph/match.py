@@ -18,6 +18,12 @@ from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 
 SITE_KEY = "mptqc.site"
 
+SCORE_OPS = ("Add", "Sub", "Mul", "Div", "Reshape", "Where")
+"""What may lie between the scores of an attention and its Softmax in a float model."""
+
+QUANTIZER_OPS = ("QuantizeLinear", "Clip", "DequantizeLinear")
+"""What lies there besides once the scores are a quantized tensor."""
+
 
 def site_of(node: ir.Node) -> str:
     """The site id stamped on a node, or an empty string."""
@@ -122,6 +128,11 @@ class Attention:
     def site(self) -> str:
         """The stamped site id."""
         return site_of(self.softmax)
+
+    @property
+    def masked_scores(self) -> ir.Value:
+        """What the softmax reads, […, T, S]: the scores with all that is added to them."""
+        return _input(self.softmax, 0)
 
     @property
     def q(self) -> ir.Value:
@@ -273,5 +284,5 @@ def _above_softmax(softmax: ir.Node) -> Iterator[ir.Node]:
             continue
         if is_op(node, "MatMul"):
             yield node
-        elif is_op(node, "Add", "Sub", "Mul", "Div", "Reshape", "Where"):
+        elif is_op(node, *SCORE_OPS, *QUANTIZER_OPS):
             frontier.extend(node.inputs)

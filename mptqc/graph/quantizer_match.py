@@ -67,12 +67,13 @@ def match_reader(node: ir.Node) -> FoundQuantizer | None:
     """The quantizer that begins with this QuantizeLinear, or None."""
     if not is_op(node, "QuantizeLinear"):
         return None
-    codes = node.outputs[0]
+    one_range = joined = node.outputs[0]
     for op_type in ("Clip", "DequantizeLinear", "Add", "QuantizeLinear"):
-        after = only_consumer(codes)
+        after = only_consumer(joined)
         if after is not None and is_op(after, op_type):
-            codes = after.outputs[0]
-    return match_quantizer(codes)
+            joined = after.outputs[0]
+            one_range = joined if op_type == "Clip" else one_range
+    return match_quantizer(joined) or match_quantizer(one_range)
 
 
 def emit_unsigned(found: FoundQuantizer, build: Builder) -> ir.Value:

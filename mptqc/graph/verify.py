@@ -10,6 +10,7 @@ from mptqc.errors import VerifyError
 from mptqc.graph.integer_products import LOWERED_DOMAIN
 from mptqc.graph.integer_sites import PRODUCTS_OF_AN_ATTENTION, find_integer_sites
 from mptqc.graph.match import find_attentions, find_linears
+from mptqc.graph.quantized_tensors import find_quantized_tensors
 from mptqc.plan import QuantPlan
 from mptqc.recipe import Target
 from mptqc.reference.custom_ops import DOMAIN
@@ -30,11 +31,13 @@ def check_structure(model: ir.Model, plan: QuantPlan) -> None:
 
     Raises:
         VerifyError: onnx.checker refuses it; it uses a domain its target does not allow; a planned Linear is not one
-            integer product, or a planned attention not two; the sites at fault are named.
+            integer product, or a planned attention not two, or a planned tensor not quantized; the sites at fault
+            are named.
     """
     _check_onnx(model)
     _check_domains(model, plan.recipe.target)
     _check_sites(model, plan)
+    _check_tensors(model, plan)
 
 
 def _check_onnx(model: ir.Model) -> None:
@@ -76,3 +79,12 @@ def _check_sites(model: ir.Model, plan: QuantPlan) -> None:
         raise VerifyError(
             f"{len(wrong)} planned sites do not run in integers as planned (integer products found of planned): {named}"
         )
+
+
+def _check_tensors(model: ir.Model, plan: QuantPlan) -> None:
+    planned = Counter(each.site for each in plan.tensors)
+    found = Counter(each.site for each in find_quantized_tensors(model))
+    wrong = sorted(site for site in planned | found if planned[site] != found[site])
+    if wrong:
+        named = ", ".join(f"{site} ({found[site]} of {planned[site]})" for site in wrong[:5])
+        raise VerifyError(f"{len(wrong)} tensors are not quantized as planned (quantizers found of planned): {named}")

@@ -17,7 +17,7 @@ from mptqc.graph.io import save_model
 from mptqc.graph.match import find_linears
 from mptqc.passes.base import STAGE_KEY
 from mptqc.plan import QuantPlan
-from mptqc.recipe import Recipe
+from mptqc.recipe import Coverage, Recipe
 from mptqc.reference.quantizers import weight_limits
 from tests.conftest import MakeViT
 
@@ -92,6 +92,30 @@ def test_output_is_nearer_to_float(
     assert nearest is not None
     assert better is not None
     assert better > nearest + 1.0
+
+
+def test_tensors_of_full_coverage_are_quantized_before_the_first_linear(
+    smoothed_vit: ir.Model, samples: Samples
+) -> None:
+    recipe = Recipe(weight_bits=BITS, activation_bits=4, compensation=False, coverage=Coverage.FULL)
+    shapes = concrete_shapes(smoothed_vit)
+    plan = plan_quantizers(smoothed_vit, shapes, samples, QuantPlan(model_digest="0", recipe=recipe), silent)
+    calls = []
+
+    def quantize_and_note(model: ir.Model, part: QuantPlan) -> None:
+        calls.append((len(part.tensors), len(part.layers)))
+        quantize(model, part)
+
+    compensated = compensate(smoothed_vit, shapes, samples, plan, quantize_and_note, silent)
+    assert calls[0] == (len(plan.tensors), 0)
+    assert len(plan.tensors) > 0
+    assert all(tensors == 0 for tensors, _ in calls[1:])
+    assert sum(layers for _, layers in calls) == len(plan.layers)
+    nearest = measure_fidelity(smoothed_vit, quantized(smoothed_vit, plan), samples, 0).sqnr_db
+    better = measure_fidelity(smoothed_vit, quantized(smoothed_vit, compensated), samples, 0).sqnr_db
+    assert nearest is not None
+    assert better is not None
+    assert better > nearest
 
 
 def test_poorest_linear_comes_first(smoothed_vit: ir.Model, samples: Samples, plan: QuantPlan) -> None:

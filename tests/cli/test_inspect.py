@@ -38,11 +38,11 @@ def test_json_has_the_documented_keys(compiled_path: Path, capsys: pytest.Captur
     assert set(shown) == {"target", "layers", "totals"}
     assert set(shown["layers"][0]) == {
         *("site", "kind", "operand", "weight_bits", "activation_bits", "scale", "zero_point", "quantizer"),
-        *("m", "split", "low_codes", "alpha", "weight_bytes"),
+        *("m", "split", "low_codes", "alpha", "weight_bytes", "exponents"),
     }
     assert set(shown["totals"]) == {
-        *("integer_linears", "integer_attentions", "float_linears", "average_weight_bits", "average_activation_bits"),
-        *("weight_bytes", "other_bytes", "file_bytes"),
+        *("integer_linears", "integer_attentions", "quantized_tensors", "float_linears"),
+        *("average_weight_bits", "average_activation_bits", "weight_bytes", "other_bytes", "file_bytes"),
     }
 
 

@@ -3,7 +3,7 @@ import onnx_ir as ir
 import pytest
 
 from mptqc.graph.edit import Builder
-from mptqc.graph.quantizer_match import SIGNED_OFFSET, emit_unsigned, match_quantizer, quantizers_of
+from mptqc.graph.quantizer_match import SIGNED_OFFSET, emit_unsigned, match_quantizer, match_reader, quantizers_of
 from mptqc.graph.quantizer_nodes import Operand, emit_quantizer
 from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
 from mptqc.reference.custom_ops import quantize_codes
@@ -68,6 +68,18 @@ def test_a_value_read_by_something_else_too_has_no_list_of_quantizers() -> None:
     assert quantizers_of(first.outputs[0]) is None
     last.replace_input_with(0, model.graph.inputs[0])
     assert [each.codes for each in quantizers_of(first.outputs[0]) or []] == [codes]
+
+
+@pytest.mark.parametrize("quantizer", [QUANTIZERS[2], QUANTIZERS[6], QUANTIZERS[-1]], ids=str)
+def test_codes_that_are_opened_again_are_matched_from_their_first_node(quantizer: ActivationQuantizer) -> None:
+    model, codes = quantized(quantizer, signed=False, operation="Neg")
+    first, last = model.graph[0], model.graph[-1]
+    model.graph.outputs[1:] = []
+    build = Builder(last, "open")
+    zero_point = build.constant("zero_point", np.array(3, np.uint8))
+    build.op("DequantizeLinear", [codes, build.constant("scale", np.array(1, np.float32)), zero_point])
+    found = [match_reader(node) for node in first.outputs[0].consumers() if node is not last]
+    assert {None if each is None else each.codes for each in found} == {codes}
 
 
 @pytest.mark.parametrize(
