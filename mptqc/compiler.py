@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from mptqc.analysis.compensate import compensate
 from mptqc.analysis.fidelity import Fidelity, measure_fidelity
+from mptqc.analysis.mixed_precision import allocate
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.planner import float_layers, plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
@@ -20,7 +21,7 @@ from mptqc.data.preprocess import METADATA_KEY
 from mptqc.data.samples import Samples
 from mptqc.errors import ModelError, PlanError, RecipeError
 from mptqc.graph.compiled_file import load_compiled
-from mptqc.graph.io import load_model, model_digest
+from mptqc.graph.io import load_model, model_digest, serialize
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
@@ -63,6 +64,8 @@ def compile_model(
     *,
     preprocess: str | None = None,
     convert_fp16: bool = False,
+    executor: str = "in-process",
+    checkpoint: Path | None = None,
     report: Progress = silent,
 ) -> Compiled:
     """Compile a float ONNX vision transformer to an integer one.
@@ -73,10 +76,13 @@ def compile_model(
         recipe: what to do.
         preprocess: JSON of the preprocessing, kept in the model's metadata.
         convert_fp16: take a float16 model by converting it to float32 first.
+        executor: where the search for bits measures, see `mptqc.runtime.executors`; does not change the result.
+        checkpoint: a file from which an interrupted search for bits goes on.
         report: called with (step, done, total).
 
     Raises:
         ModelError: not a model that mptqc compiles.
+        BudgetError: the recipe's budget cannot be kept.
         DataError: the samples do not fit the model.
     """
     report("canonicalise", 0, 1)
@@ -90,6 +96,15 @@ def compile_model(
     plan = plan_folds(model, concrete_shapes(model), used, plan, report)
     fold(model, plan)
     plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)
+    if recipe.budget is not None:
+
+        def size_of(candidate: QuantPlan) -> int:
+            return emitted_bytes(model, candidate)
+
+        plan = allocate(
+            model, concrete_shapes(model), used, plan, quantize, size_of, report,
+            executor=executor, checkpoint=checkpoint,
+        )  # fmt: skip
     if recipe.compensation:
         plan = compensate(model, concrete_shapes(model), used, plan, quantize, report)
     prune(model)
@@ -185,9 +200,25 @@ def emit(model: ir.Model, plan: QuantPlan) -> None:
     """Smoothed to quantized, in place: standard ONNX that knows its plan."""
     quantize(model, plan)
     run_passes(model, [PackWeights()])
-    model.metadata_props[PLAN_KEY] = plan.model_dump_json()
+    model.metadata_props[PLAN_KEY] = without_steps(plan).model_dump_json()
     if plan.preprocess is not None:
         model.metadata_props[METADATA_KEY] = plan.preprocess
+
+
+def without_steps(plan: QuantPlan) -> QuantPlan:
+    """The plan as the model carries it: the way to its bits is in the plan's own file only."""
+    if plan.path is None:
+        return plan
+    return plan.model_copy(update={"path": plan.path.model_copy(update={"steps": ()})})
+
+
+def emitted_bytes(model: ir.Model, plan: QuantPlan) -> int:
+    """Bytes of the file that a smoothed model and a plan give; the model is not changed."""
+    copy = ir.from_proto(ir.to_proto(model))
+    prune(copy)
+    emit(copy, plan)
+    lower(copy, plan.recipe.target)
+    return len(serialize(copy))
 
 
 def lower(model: ir.Model, target: Target) -> None:

@@ -1,0 +1,107 @@
+"""Measuring choices of bits with workers, each choice once: results are remembered, and kept in a checkpoint file.
+
+A checkpoint is JSON lines: first {"problem": digest}, then one {"bits", "losses", "hits"} a choice. Floats are written
+so that they read back the same; a last line that was cut off by an interruption is left out.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mptqc.analysis.bit_variables import Bits
+from mptqc.analysis.sensitivity import Measured, Problem, measure
+from mptqc.errors import OutputError, RecipeError
+from mptqc.runtime.executors import Place, Workers
+
+
+class Scorer:
+    """score(state, choices) -> what each choice of bits does; `state` is near them all, its values are kept.
+
+    Attributes:
+        measured: how many choices were run, not remembered.
+    """
+
+    def __init__(self, problem: Problem, place: Place, checkpoint: Path | None = None) -> None:
+        self._workers = Workers(place, problem)
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, problem.digest)
+        self._known: dict[Bits, Measured] = {} if self._checkpoint is None else self._checkpoint.read()
+        self.measured = 0
+
+    def __call__(self, state: Bits, choices: Sequence[Bits]) -> list[Measured]:
+        """Measure what is not known yet.
+
+        Raises:
+            ExecutorError: workers were lost again and again.
+        """
+        unknown = [bits for bits in dict.fromkeys(choices) if bits not in self._known]
+        for bits, found in zip(unknown, self._workers.map(measure, [(state, bits) for bits in unknown]), strict=True):
+            self._known[bits] = found
+            self.measured += 1
+            if self._checkpoint is not None:
+                self._checkpoint.add(bits, found)
+        return [self._known[bits] for bits in choices]
+
+
+class Checkpoint:
+    """A file of what was measured for one problem."""
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self._path = path
+        self._digest = digest
+
+    def read(self) -> dict[Bits, Measured]:
+        """What the file holds; a new file holds nothing.
+
+        Raises:
+            RecipeError: it belongs to another model, recipe or other samples, or is no checkpoint.
+            OutputError: it cannot be read or written.
+        """
+        try:
+            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            if not lines:
+                self._path.write_text(json.dumps({"problem": self._digest}) + "\n", encoding="utf-8")
+                return {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(f"the checkpoint {self._path} cannot be used: {error}") from error
+        records = _whole(lines)
+        if not records or records[0].get("problem") != self._digest:
+            raise RecipeError(
+                f"the checkpoint {self._path} belongs to another search (model, recipe and calibration images must be "
+                "the same); remove it, or give another path"
+            )
+        if len(records) < len(lines):  # what was cut off must not run into the next record
+            text = "".join(f"{line}\n" for line in lines[: len(records)])
+            self._path.write_text(text, encoding="utf-8")
+        return {_bits(record["bits"]): _measured(record) for record in records[1:]}
+
+    def add(self, bits: Bits, found: Measured) -> None:
+        """Append one choice."""
+        hits = None if found.hits is None else found.hits.astype(int).tolist()
+        record = {"bits": "".join(map(str, bits)), "losses": found.losses.tolist(), "hits": hits}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _whole(lines: Sequence[str]) -> list[dict[str, object]]:
+    """Records up to the first line that is none."""
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
+    return records
+
+
+def _bits(text: object) -> Bits:
+    return tuple(int(digit) for digit in str(text))
+
+
+def _measured(record: dict[str, object]) -> Measured:
+    hits = record["hits"]
+    return Measured(np.array(record["losses"], np.float64), None if hits is None else np.array(hits, np.bool_))
