@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save
 
 from mptqc.errors import OutputError, PlanError
 from mptqc.graph.files import write_together
-from mptqc.recipe import Bits, Recipe
+from mptqc.recipe import Bits, Loss, Recipe
 
 PLAN_FORMAT = 1
 PLAN_KEY = "mptqc.plan"
@@ -134,7 +134,7 @@ class BitPath(Frozen):
         start: bits of each before the first step.
         steps: in order. The plan itself is the point after the last one.
         loss, accuracy, bytes: of the start, as in `Step`.
-        loss_kind: "KL" of the logits or "relative" error of the outputs.
+        loss_kind: how outputs were compared.
     """
 
     variables: tuple[str, ...]
@@ -142,7 +142,7 @@ class BitPath(Frozen):
     loss: float
     accuracy: float | None
     bytes: int
-    loss_kind: Literal["KL", "relative"]
+    loss_kind: Loss
     steps: tuple[Step, ...] = ()
 
     def bits_after(self, steps: int) -> dict[str, int]:

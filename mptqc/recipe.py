@@ -55,6 +55,13 @@ class Allocator(StrEnum):
     EXACT = "exact"
 
 
+class Loss(StrEnum):
+    """How allocation compares outputs: relative squared error, or KL divergence of the softmax of logits."""
+
+    OUTPUT = "output"
+    KL = "kl"
+
+
 class Budget(BaseModel):
     """What the compiled model may cost; each limit that is given holds. METHOD, Greedy MP defines the measures.
 
@@ -141,6 +148,7 @@ class Recipe(BaseModel):
         budget: what the model may cost; every layer's bits are then allocated, the patch embedding's and head's too,
             and `weight_bits`, `activation_bits` and `end_bits` hold only for what the budget leaves free.
         allocator: how bits are allocated to the budget.
+        loss: how allocation compares the outputs of choices of bits; always `output` where they are no logits.
         bit_limits: the fewest and the most bits that allocation may give.
         scoring_images: calibration images on which allocation measures a loss.
     """
@@ -165,6 +173,7 @@ class Recipe(BaseModel):
     sites: Mapping[str, SiteOverride] = Field(default_factory=dict)
     budget: Budget | None = None
     allocator: Allocator = Allocator.GREEDY
+    loss: Loss = Loss.OUTPUT
     bit_limits: BitLimits = Field(default_factory=BitLimits)
     scoring_images: Annotated[int, Field(ge=2)] = 32
 

@@ -1,10 +1,10 @@
 """Allocators: from all variables at their most bits to a choice of bits that keeps every limit.
 
-greedy   Each step lowers one variable by one bit: the one with the least  Δloss/Δcost,  loss measured with all earlier
-         choices in place, cost in the measure that is farthest from its limit. A score is kept until the variable
-         comes to the head of the queue and is then measured anew (lazy), so only few are measured a step. Scores
-         that differ by less than their noise (the standard error of the paired difference over images) are ties;
-         the largest saving wins.
+greedy   Each step lowers one variable by one bit: the one with the least change/Δcost, where the change of the outputs
+         (`sensitivity`) is measured with all earlier choices in place and the cost is the one farthest from its limit.
+         A change is kept until the variable comes to the head of the queue and is then measured anew (lazy), so only
+         few are measured a step. Prices that differ by less than their noise (the standard error of the paired
+         difference over images) are ties; the largest saving wins.
 exact    Every variable is measured at every width with all others at their most bits; the sum of these losses is
          minimised under the limits as an integer program (scipy's HiGHS). Exact for losses that add up.
 """
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.analysis.bit_variables import BitVariable, Bits
+from mptqc.analysis.bit_variables import Bits, BitVariable
 from mptqc.analysis.budget import Measure
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.sensitivity import Measured
-from mptqc.errors import BudgetError, ExecutorError
+from mptqc.errors import BudgetError, RecipeError
 
 Score = Callable[[Bits, Sequence[Bits]], list[Measured]]
 Holds = Callable[[Measured], bool]
@@ -47,7 +47,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Guess:
-    """The change of each image's loss by a variable's next bit, as it was in `state` (None: never measured)."""
+    """What a variable's next bit changes in each image's outputs, as it was in `state` (None: never measured)."""
 
     changes: Changes
     state: Bits | None
@@ -104,7 +104,6 @@ class _Greedy:
         self.taken: list[Taken] = []
         self._variables = variables
         self._score = score
-        self._current = score(start, [start])[0]
         self._guesses: dict[int, Guess] = {}
         self._stuck: set[int] = set()
 
@@ -143,13 +142,13 @@ class _Greedy:
             self._stuck.add(variable)
             return
         self.taken.append(Taken(variable, bits, measured))
-        self.state, self._current = bits, measured
+        self.state = bits
         self._guesses[variable] = Guess(GROWTH * self._guesses[variable].changes, None)
 
     def _measure(self, chosen: Sequence[int]) -> None:
         found = self._score(self.state, [self._lowered(at) for at in chosen])
         for at, measured in zip(chosen, found, strict=True):
-            self._guesses[at] = Guess(measured.losses - self._current.losses, self.state)
+            self._guesses[at] = Guess(measured.changes, self.state)
 
     def _best_of_ties(self, fresh: Sequence[int], savings: Mapping[int, float]) -> int:
         best = fresh[0]
@@ -189,17 +188,16 @@ def exact(
         report: called with (step, done, total).
 
     Raises:
-        ExecutorError: scipy is not installed.
+        RecipeError: scipy is not installed.
         BudgetError: no choice of bits keeps all limits together.
     """
     options = [(at, width) for at, variable in enumerate(variables) for width in variable.widths]
     choices = [(*start[:at], width, *start[at + 1 :]) for at, width in options]
-    base = score(start, [start])[0].loss
     losses = np.empty(len(options))
     for done in range(0, len(options), HEAD):
         report("measure every width", done, len(options))
         part = choices[done : done + HEAD]
-        losses[done : done + HEAD] = [measured.loss - base for measured in score(start, part)]
+        losses[done : done + HEAD] = [measured.changes.mean() for measured in score(start, part)]
     losses = _falling(losses, options)
     costs = [np.array([measure.cost(bits) for bits in choices]) for measure in measures]
     rooms = [measure.limit - measure.cost(start) for measure in measures]
@@ -219,7 +217,7 @@ def exact(
 
 def _falling(losses: NDArray[np.float64], options: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
     """Losses that never fall with fewer bits: what does is noise. Options of a variable are in order of their bits."""
-    found = np.maximum(losses, 0)
+    found = losses.copy()
     for option in range(len(options) - 2, -1, -1):
         if options[option][0] == options[option + 1][0]:
             found[option] = max(found[option], found[option + 1])
@@ -236,7 +234,9 @@ def _solve(
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError as error:
-        raise ExecutorError("allocator 'exact' needs scipy, which is not installed: pip install 'mptqc[exact]'") from error
+        raise RecipeError(
+            "allocator 'exact' needs scipy, which is not installed: pip install 'mptqc[exact]'"
+        ) from error
     owners = np.array([at for at, _ in options])
     one_each = (owners == np.arange(owners.max() + 1)[:, None]).astype(float)
     constraints = [LinearConstraint(one_each, 1, 1)]

@@ -68,9 +68,7 @@ def find_variables(model: ir.Model, shapes: Shapes, recipe: Recipe) -> list[BitV
     groups = input_groups(model, recipe)
     for linear in find_linears(model):
         widths = _widths(recipe, linear.site, Kind.WEIGHT)
-        found.append(
-            BitVariable(f"{linear.site}/weight", Kind.WEIGHT, (linear.site,), int(linear.weight.size), widths)
-        )
+        found.append(BitVariable(f"{linear.site}/weight", Kind.WEIGHT, (linear.site,), int(linear.weight.size), widths))
         if (group := groups.get(linear.site)) is not None:
             sites = tuple(member.site for member in group)
             elements = int(np.prod(shapes[str(linear.input.name)]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mptqc.analysis.bit_variables import BitVariable, Bits, Kind, Product
+from mptqc.analysis.bit_variables import Bits, BitVariable, Kind, Product
 from mptqc.graph.packed_weights import table_bytes, unpacking_bytes
 from mptqc.recipe import Budget
 from mptqc.reference.packing import Plane, packed_bytes, planes_of

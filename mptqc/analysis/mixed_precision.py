@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.analysis.allocate import Holds, Taken, check_attainable, exact, greedy
-from mptqc.analysis.bit_variables import BitVariable, Bits, find_products, find_variables
+from mptqc.analysis.bit_variables import Bits, BitVariable, find_products, find_variables
 from mptqc.analysis.budget import FileBytes, measures_of
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.scoring import Scorer
@@ -107,7 +107,7 @@ def _path(variables: Sequence[BitVariable], start: Bits, first: Measured | None,
         loss=0.0 if first is None else first.loss,
         accuracy=None if first is None else first.accuracy,
         bytes=0,
-        loss_kind="KL" if problem.has_logits else "relative",
+        loss_kind=problem.loss,
     )
 
 

@@ -1,6 +1,7 @@
 """Measuring choices of bits with workers, each choice once: results are remembered, and kept in a checkpoint file.
 
-A checkpoint is JSON lines: first {"problem": digest}, then one {"bits", "losses", "hits"} a choice. Floats are written
+A checkpoint is JSON lines: first {"problem": digest}, then one {"state", "bits", "losses", "changes",
+"hits"} a choice. Floats are written
 so that they read back the same; a last line that was cut off by an interruption is left out.
 """
 
@@ -15,9 +16,12 @@ from mptqc.analysis.sensitivity import Measured, Problem, measure
 from mptqc.errors import OutputError, RecipeError
 from mptqc.runtime.executors import Place, Workers
 
+Key = tuple[Bits, Bits]
+"""The state of the search, and the choice that was measured."""
+
 
 class Scorer:
-    """score(state, choices) -> what each choice of bits does; `state` is near them all, its values are kept.
+    """score(state, choices) -> what each choice of bits does; `state` is where the search is, near them all.
 
     Attributes:
         measured: how many choices were run, not remembered.
@@ -26,7 +30,7 @@ class Scorer:
     def __init__(self, problem: Problem, place: Place, checkpoint: Path | None = None) -> None:
         self._workers = Workers(place, problem)
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, problem.digest)
-        self._known: dict[Bits, Measured] = {} if self._checkpoint is None else self._checkpoint.read()
+        self._known: dict[Key, Measured] = {} if self._checkpoint is None else self._checkpoint.read()
         self.measured = 0
 
     def __call__(self, state: Bits, choices: Sequence[Bits]) -> list[Measured]:
@@ -35,13 +39,14 @@ class Scorer:
         Raises:
             ExecutorError: workers were lost again and again.
         """
-        unknown = [bits for bits in dict.fromkeys(choices) if bits not in self._known]
-        for bits, found in zip(unknown, self._workers.map(measure, [(state, bits) for bits in unknown]), strict=True):
-            self._known[bits] = found
+        keys = [(state, bits) for bits in choices]
+        unknown = [key for key in dict.fromkeys(keys) if key not in self._known]
+        for key, found in zip(unknown, self._workers.map(measure, unknown), strict=True):
+            self._known[key] = found
             self.measured += 1
             if self._checkpoint is not None:
-                self._checkpoint.add(bits, found)
-        return [self._known[bits] for bits in choices]
+                self._checkpoint.add(key, found)
+        return [self._known[key] for key in keys]
 
 
 class Checkpoint:
@@ -51,7 +56,7 @@ class Checkpoint:
         self._path = path
         self._digest = digest
 
-    def read(self) -> dict[Bits, Measured]:
+    def read(self) -> dict[Key, Measured]:
         """What the file holds; a new file holds nothing.
 
         Raises:
@@ -74,12 +79,14 @@ class Checkpoint:
         if len(records) < len(lines):  # what was cut off must not run into the next record
             text = "".join(f"{line}\n" for line in lines[: len(records)])
             self._path.write_text(text, encoding="utf-8")
-        return {_bits(record["bits"]): _measured(record) for record in records[1:]}
+        return {(_bits(record["state"]), _bits(record["bits"])): _measured(record) for record in records[1:]}
 
-    def add(self, bits: Bits, found: Measured) -> None:
+    def add(self, key: Key, found: Measured) -> None:
         """Append one choice."""
         hits = None if found.hits is None else found.hits.astype(int).tolist()
-        record = {"bits": "".join(map(str, bits)), "losses": found.losses.tolist(), "hits": hits}
+        state, bits = ("".join(map(str, one)) for one in key)
+        figures = {"losses": found.losses.tolist(), "changes": found.changes.tolist(), "hits": hits}
+        record = {"state": state, "bits": bits, **figures}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -104,4 +111,5 @@ def _bits(text: object) -> Bits:
 
 def _measured(record: dict[str, object]) -> Measured:
     hits = record["hits"]
-    return Measured(np.array(record["losses"], np.float64), None if hits is None else np.array(hits, np.bool_))
+    losses, changes = (np.array(record[name], np.float64) for name in ("losses", "changes"))
+    return Measured(losses, changes, None if hits is None else np.array(hits, np.bool_))

@@ -4,8 +4,11 @@ A segment is quantized by the very passes that emit the compiled model, so its v
 rounded at searched scales. Values at the cuts are kept for one choice of bits (the search's present state): what
 differs from it from segment i on is run from segment i on only.
 
-    loss of an image    KL(softmax(float logits) ‖ softmax(logits)), or ‖y − ŷ‖²/‖y‖² where the output is no logits
-    hit of an image     the label is first; without labels: float's answer is
+    output loss   ‖y − ŷ‖² of an image over the mean of ‖y‖²; of logits [N, classes] each image's mean is removed first
+    KL loss       KL(softmax(y) ‖ softmax(ŷ))
+    change        the same between ŷ of the search's present state and ŷ: the noise that a step adds, without what it
+                  happens to cancel on the few scoring images
+    hit           the label is first; without labels: float's answer is
 """
 
 from collections import OrderedDict
@@ -18,16 +21,19 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mptqc.analysis.bit_variables import BitVariable, Bits
+from mptqc.analysis.bit_variables import Bits, BitVariable
 from mptqc.analysis.observe import fitting_batches
 from mptqc.analysis.widths import at_bits
 from mptqc.data.samples import Samples
 from mptqc.graph.segments import Segment, split
 from mptqc.plan import QuantPlan
+from mptqc.recipe import Loss
 from mptqc.runtime.evaluate import usable_labels
 from mptqc.runtime.session import Session, create_session, run_arrays
 
 Array = NDArray[np.generic]
+Outputs = Sequence[Sequence[Array]]
+"""The graph's outputs, of each batch."""
 Quantize = Callable[[ir.Model, QuantPlan], None]
 
 BATCH = 8
@@ -36,9 +42,16 @@ SESSIONS_PER_SEGMENT = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """What one choice of bits does to each scoring image: `losses` [n], `hits` [n] or None for outputs without classes."""
+    """What one choice of bits does to each scoring image.
+
+    Attributes:
+        losses: against float, [n].
+        changes: against the state that the search was in, [n].
+        hits: [n], or None for outputs without classes.
+    """
 
     losses: NDArray[np.float64]
+    changes: NDArray[np.float64]
     hits: NDArray[np.bool_] | None
 
     @property
@@ -68,6 +81,7 @@ class Problem:
     Attributes:
         digest: of what it was made of; names the problem in caches and checkpoints.
         parts: segments in order.
+        loss: how outputs are compared.
         quantize: makes what a plan names run in integers.
         image: the graph input's name.
         batches: scoring images.
@@ -78,6 +92,7 @@ class Problem:
     """
 
     digest: str
+    loss: Loss
     parts: tuple[Part, ...]
     quantize: Quantize
     image: str
@@ -86,11 +101,6 @@ class Problem:
     outputs: tuple[str, ...]
     reference: tuple[tuple[Array, ...], ...]
     targets: NDArray[np.int64] | None
-
-    @property
-    def has_logits(self) -> bool:
-        """True if the first output is [N, classes]."""
-        return is_logits(self.reference[0][0])
 
 
 def make_problem(
@@ -123,7 +133,8 @@ def make_problem(
         answers = np.concatenate([found[0].argmax(axis=1) for found in reference])[: samples.count]
         labels = usable_labels(samples, reference[0][0].shape[1])
         targets = answers if labels is None else labels
-    return Problem(digest, parts, quantize, image, batches, samples.count, outputs, reference, targets)
+    loss = plan.recipe.loss if is_logits(reference[0][0]) else Loss.OUTPUT
+    return Problem(digest, loss, parts, quantize, image, batches, samples.count, outputs, reference, targets)
 
 
 def _part(segment: Segment, plan: QuantPlan, variables: Sequence[BitVariable]) -> Part:
@@ -148,6 +159,9 @@ class Simulator:
         self._cuts = [start]
         self._cut_bits: list[Bits] = []
         self._sessions: OrderedDict[tuple[int, Bits], Session] = OrderedDict()
+        self._state: Bits | None = None
+        self._state_outputs: Outputs = []
+        self._power = _power(problem)
 
     def measure(self, state: Bits, bits: Bits) -> Measured:
         """Run at `bits`, keeping the values at the cuts for `state`, the search's present one."""
@@ -155,13 +169,37 @@ class Simulator:
         first = next((at for at, part in enumerate(parts) if _of(part, state) != _of(part, bits)), len(parts) - 1)
         with self._cuts_lock:
             values = self._values_before(first, state)
+            before = self._outputs_of(state)
+        outputs = self._run_from(first, bits, values)
+        problem = self._problem
+        hits = None
+        if problem.targets is not None:
+            hits = np.concatenate([made[0].argmax(axis=1) for made in outputs])[: problem.count] == problem.targets
+        return Measured(self._compare(problem.reference, outputs), self._compare(before, outputs), hits)
+
+    def _outputs_of(self, state: Bits) -> Outputs:
+        """The outputs of the search's present state, run once."""
+        if self._state != state:
+            last = len(self._problem.parts) - 1
+            self._state_outputs = self._run_from(last, state, self._values_before(last, state))
+            self._state = state
+        return self._state_outputs
+
+    def _run_from(self, first: int, bits: Bits, values: Sequence[Mapping[str, Array]]) -> Outputs:
+        """The graph's outputs, from values at a cut."""
         outputs = []
         for batch in values:
             current = batch
-            for position in range(first, len(parts)):
+            for position in range(first, len(self._problem.parts)):
                 current = self._run(position, bits, current)
             outputs.append([current[name] for name in self._problem.outputs])
-        return _measured(self._problem, outputs)
+        return outputs
+
+    def _compare(self, exact: Outputs, made: Outputs) -> NDArray[np.float64]:
+        """The loss of each image, [n]."""
+        compare = _divergence if self._problem.loss is Loss.KL else _squared_error
+        losses = np.concatenate([compare(one, other) for one, other in zip(exact, made, strict=True)])
+        return losses[: self._problem.count] / self._power
 
     def _values_before(self, segment: int, state: Bits) -> list[dict[str, Array]]:
         """Values at the cut before a segment, of each batch."""
@@ -212,27 +250,31 @@ def _of(part: Part, bits: Bits) -> Bits:
     return tuple(bits[at] for at, _ in part.variables)
 
 
-def _measured(problem: Problem, outputs: Sequence[Sequence[Array]]) -> Measured:
-    found = [_batch_losses(exact, made) for exact, made in zip(problem.reference, outputs, strict=True)]
-    losses = np.concatenate(found)[: problem.count]
-    if problem.targets is None:
-        return Measured(losses, None)
-    answers = np.concatenate([made[0].argmax(axis=1) for made in outputs])[: problem.count]
-    return Measured(losses, answers == problem.targets)
+def _power(problem: Problem) -> float:
+    """What losses are divided by: the mean over images of ‖y‖², 1 for KL."""
+    if problem.loss is Loss.KL:
+        return 1.0
+    zeros = [[np.zeros_like(output) for output in batch] for batch in problem.reference]
+    powers = [_squared_error(one, other) for one, other in zip(problem.reference, zeros, strict=True)]
+    return max(float(np.concatenate(powers)[: problem.count].mean()), np.finfo(np.float64).tiny)
 
 
-def _batch_losses(exact: Sequence[Array], made: Sequence[Array]) -> NDArray[np.float64]:
-    """The loss of each image, [B]."""
-    if is_logits(exact[0]):
-        true, found = _log_softmax(exact[0]), _log_softmax(made[0])
-        divergence: NDArray[np.float64] = (np.exp(true) * (true - found)).sum(axis=1)
-        return divergence
-    signal, noise = np.zeros(len(exact[0])), np.zeros(len(exact[0]))
+def _squared_error(exact: Sequence[Array], made: Sequence[Array]) -> NDArray[np.float64]:
+    """‖y − ŷ‖² of each image, [B]."""
+    total = np.zeros(len(exact[0]))
     for one, other in zip(exact, made, strict=True):
-        true = one.astype(np.float64).reshape(len(one), -1)
-        signal += np.square(true).sum(axis=1)
-        noise += np.square(true - other.reshape(len(one), -1)).sum(axis=1)
-    return noise / np.maximum(signal, np.finfo(np.float64).tiny)
+        error = (one.astype(np.float64) - other).reshape(len(one), -1)
+        if is_logits(one):
+            error -= error.mean(axis=1, keepdims=True)
+        total += np.square(error).sum(axis=1)
+    return total
+
+
+def _divergence(exact: Sequence[Array], made: Sequence[Array]) -> NDArray[np.float64]:
+    """KL(softmax(y) ‖ softmax(ŷ)) of each image, [B]; never negative by rounding."""
+    true, found = _log_softmax(exact[0]), _log_softmax(made[0])
+    divergence: NDArray[np.float64] = (np.exp(true) * (true - found)).sum(axis=1)
+    return np.maximum(divergence, 0)
 
 
 def _log_softmax(logits: Array) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """Quantizers at every width that a variable may get, kept as arrays of the plan; and the plan at any choice of bits.
 
-    <variable>/quantizers    float32 [widths, 5]: bits, scale, zero point, m, low codes; m = 0 is uniform
-    <site>/weight_scale/<k>  float32 [N]
+<variable>/quantizers    float32 [widths, 5]: bits, scale, zero point, m, low codes; m = 0 is uniform
+<site>/weight_scale/<k>  float32 [N]
 """
 
 from collections.abc import Collection, Mapping, Sequence

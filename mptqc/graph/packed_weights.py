@@ -48,7 +48,7 @@ def _cut(part: ir.Value, size: int, label: str, build: Builder) -> ir.Value:
 
 @cache
 def unpacking_bytes(bits: int) -> int:
-    """Bytes that the ops and names take which widen one weight of so many bits, in a file of typical names; no tables."""
+    """Bytes that the ops and names take which widen one weight of so many bits, its tables apart."""
     if bits == MAX_BITS:
         return 0
     return _bytes_of_packed(bits, 2) - _bytes_of_packed(bits, 1) - packed_bytes(_TYPICAL.size, bits)

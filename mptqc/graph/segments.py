@@ -6,6 +6,7 @@ transformer at each addition to the residual stream.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx
 import onnx_ir as ir
@@ -35,7 +36,7 @@ def split(model: ir.Model) -> list[Segment]:
     """Cut the model; all its nodes are in one segment each, in graph order."""
     nodes = list(model.graph)
     spans = _spans(nodes, model)
-    gaps = [_narrowest(nodes, one[1], two[0] - 1) for one, two in zip(spans, spans[1:], strict=False)]
+    gaps = [_narrowest(nodes, one[1], two[0] - 1) for one, two in pairwise(spans)]
     cuts = [0]
     for index, (width, position) in enumerate(gaps):
         near = [gaps[other][0] for other in (index - 1, index + 1) if 0 <= other < len(gaps)]
@@ -61,7 +62,9 @@ def _spans(nodes: Sequence[ir.Node], model: ir.Model) -> list[tuple[int, int]]:
 
 def _narrowest(nodes: Sequence[ir.Node], first: int, last: int) -> tuple[int, int]:
     """(values that cross, position): the last position of first..last after which the fewest values are alive."""
-    return min(((_crossing(nodes, position), position) for position in range(first, last + 1)), key=lambda at: (at[0], -at[1]))
+    widths = [(_crossing(nodes, position), -position) for position in range(first, last + 1)]
+    width, position = min(widths)
+    return width, -position
 
 
 def _crossing(nodes: Sequence[ir.Node], position: int) -> int:
