@@ -113,15 +113,16 @@ class Step(NamedTuple):
     Attributes:
         variable: its position in `BitPath.variables`.
         bits: what it gets.
-        loss: of the model after the step, on the scoring images, weights not compensated.
+        loss: of the model after the step, on the scoring images, weights not compensated; None where it was not
+            measured.
         accuracy: of the model after the step: top-1 on them, or agreement with float where they have no labels; None
-            for a model without classes.
+            for a model without classes, and where it was not measured.
         bytes: of the file after the step.
     """
 
     variable: int
     bits: Bits
-    loss: float
+    loss: float | None
     accuracy: float | None
     bytes: int
 

@@ -51,7 +51,7 @@ class Allocator(StrEnum):
     """How bits are allocated to a budget; see METHOD, Greedy MP."""
 
     GREEDY = "greedy"
-    GREEDY_COMPENSATED = "greedy-compensated"
+    GREEDY_IN_PLACE = "greedy-in-place"
     EXACT = "exact"
 
 

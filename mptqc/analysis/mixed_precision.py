@@ -3,14 +3,16 @@
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from mptqc.analysis.allocate import Holds, Taken, check_attainable, exact, greedy
+from mptqc.analysis.allocate import Score, check_attainable, exact, greedy, greedy_in_place, measure_table
 from mptqc.analysis.bit_variables import Bits, BitVariable, find_products, find_variables
-from mptqc.analysis.budget import FileBytes, measures_of
+from mptqc.analysis.budget import FileBytes, Measure, measures_of
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.scoring import Scorer
 from mptqc.analysis.sensitivity import Measured, Problem, Quantize, make_problem
@@ -18,12 +20,15 @@ from mptqc.analysis.widths import at_bits, bits_of
 from mptqc.data.samples import Samples
 from mptqc.errors import BudgetError, RecipeError
 from mptqc.plan import BitPath, QuantPlan, Step
-from mptqc.recipe import Allocator, Budget
+from mptqc.recipe import Allocator, Budget, Recipe
 from mptqc.runtime.executors import open_executor
 
 Shapes = dict[str, tuple[int, ...]]
 SizeOf = Callable[[QuantPlan], int]
 """Bytes of the file that a plan would be emitted to."""
+
+POINTS = 32
+"""Points of the path, about, whose loss is measured."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,36 +67,83 @@ def allocate(
     start = tuple(bits_of(plan, variables)[variable.name] for variable in variables)
     images = samples.take(recipe.scoring_images, recipe.seed)
     problem = make_problem(model, images, plan, variables, quantize, search_digest(plan, images))
-    plan = plan.model_copy(update={"path": _path(variables, start, None, problem)})
+    empty = _path(variables, start, problem)
+    plan = plan.model_copy(update={"path": empty})
     file_bytes = FileBytes(tuple(variables)).fitted(start, size_of(plan))
     products = find_products(model, shapes, variables)
     with open_executor(executor) as place:
-        score = Scorer(problem, place, checkpoint)
-        first = score(start, [start])[0]
-        holds = _holds(recipe.budget, problem, first)
-        taken: list[Taken] = []
+        search = Search(recipe, variables, start, Scorer(problem, place, checkpoint), report)
+        first = search.measured(start)
         while True:
             measures = measures_of(recipe.budget, variables, products, file_bytes)
             check_attainable(variables, measures)
-            state = taken[-1].bits if taken else start
-            if recipe.allocator is Allocator.EXACT:
-                _check_exact(recipe.budget)
-                taken = exact(variables, start, measures, score, report)
-            else:
-                taken += greedy(variables, state, measures, score, report, holds)
-            state = taken[-1].bits if taken else start
-            chosen = at_bits(plan, variables, _named(variables, state))
+            states = search.states(measures)
+            if recipe.budget.max_accuracy_drop is not None:
+                states = _longest(states, search, _least_accuracy(recipe.budget, problem, first))
+            end = states[-1] if states else start
+            chosen = at_bits(plan, variables, _named(variables, end))
             written = size_of(chosen)
-            file_bytes = file_bytes.fitted(state, written)
+            file_bytes = file_bytes.fitted(end, written)
             if recipe.budget.max_bytes is None or written <= recipe.budget.max_bytes:
                 break
-    logger.info("allocated bits in %d steps, %d choices measured", len(taken), score.measured)
-    steps = tuple(
-        Step(step.variable, step.bits[step.variable], step.measured.loss, step.measured.accuracy, file_bytes(step.bits))
-        for step in taken
+        steps = _steps(states, start, search, file_bytes, report)
+    logger.info("allocated bits in %d steps", len(steps))
+    path = empty.model_copy(
+        update={"loss": first.loss, "accuracy": first.accuracy, "bytes": file_bytes(start), "steps": steps}
     )
-    path = _path(variables, start, first, problem)
-    return chosen.model_copy(update={"path": path.model_copy(update={"bytes": file_bytes(start), "steps": steps})})
+    return chosen.model_copy(update={"path": path})
+
+
+@dataclass(frozen=True)
+class Search:
+    """The recipe's allocator, at work from one start with one scorer."""
+
+    recipe: Recipe
+    variables: Sequence[BitVariable]
+    start: Bits
+    score: Score
+    report: Progress
+
+    def states(self, measures: Sequence[Measure]) -> list[Bits]:
+        """Bits after each step to the limits."""
+        if self.recipe.allocator is Allocator.GREEDY_IN_PLACE:
+            return greedy_in_place(self.variables, self.start, measures, self.score, self.report)
+        if self.recipe.allocator is Allocator.EXACT:
+            assert self.recipe.budget is not None
+            _check_exact(self.recipe.budget)
+        table = measure_table(self.variables, self.start, self.score, self.report)
+        allocator = exact if self.recipe.allocator is Allocator.EXACT else greedy
+        return allocator(self.variables, self.start, measures, table)
+
+    def measured(self, bits: Bits) -> Measured:
+        """What the model does at these bits."""
+        return self.score(bits, [bits])[0]
+
+
+def _steps(
+    states: Sequence[Bits], start: Bits, search: Search, file_bytes: FileBytes, report: Progress
+) -> tuple[Step, ...]:
+    """The steps between states; about `POINTS` of them, the last included, are measured."""
+    every = max(1, len(states) // POINTS)
+    steps = []
+    for number, (before, after) in enumerate(pairwise([start, *states])):
+        report("measure the path", number, len(states))
+        found = search.measured(after) if (len(states) - 1 - number) % every == 0 else None
+        at = next(at for at, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
+        loss, accuracy = (None, None) if found is None else (found.loss, found.accuracy)
+        steps.append(Step(at, after[at], loss, accuracy, file_bytes(after)))
+    return tuple(steps)
+
+
+def _longest(states: Sequence[Bits], search: Search, least: float) -> Sequence[Bits]:
+    """The states up to the last that still has the accuracy, found by bisection: accuracy falls along the path."""
+    holds, fails = 0, len(states) + 1
+    while fails - holds > 1:
+        middle = (holds + fails) // 2
+        accuracy = search.measured(states[middle - 1]).accuracy
+        assert accuracy is not None
+        holds, fails = (middle, fails) if accuracy >= least else (holds, middle)
+    return states[:holds]
 
 
 def search_digest(plan: QuantPlan, images: Samples) -> str:
@@ -100,46 +152,34 @@ def search_digest(plan: QuantPlan, images: Samples) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _path(variables: Sequence[BitVariable], start: Bits, first: Measured | None, problem: Problem) -> BitPath:
-    return BitPath(
-        variables=tuple(variable.name for variable in variables),
-        start=start,
-        loss=0.0 if first is None else first.loss,
-        accuracy=None if first is None else first.accuracy,
-        bytes=0,
-        loss_kind=problem.loss,
-    )
+def _path(variables: Sequence[BitVariable], start: Bits, problem: Problem) -> BitPath:
+    """A path without steps, not measured yet."""
+    names = tuple(variable.name for variable in variables)
+    return BitPath(variables=names, start=start, loss=0, accuracy=None, bytes=0, loss_kind=problem.loss)
 
 
 def _named(variables: Sequence[BitVariable], bits: Bits) -> dict[str, int]:
     return {variable.name: number for variable, number in zip(variables, bits, strict=True)}
 
 
-def _holds(budget: Budget, problem: Problem, first: Measured) -> Holds | None:
-    """Whether a model loses no more accuracy than the budget allows; None if the budget does not ask.
+def _least_accuracy(budget: Budget, problem: Problem, first: Measured) -> float:
+    """The accuracy that must be left.
 
     Raises:
         BudgetError: with the most bits more is lost already, or the model has no classes.
     """
     drop = budget.max_accuracy_drop
-    if drop is None:
-        return None
-    if problem.targets is None:
+    assert drop is not None
+    if problem.targets is None or first.accuracy is None:
         raise BudgetError("max_accuracy_drop needs a model whose first output is logits [N, classes]")
     answers = np.concatenate([outputs[0].argmax(axis=1) for outputs in problem.reference])[: problem.count]
-    least = float(np.mean(answers == problem.targets)) - drop
-
-    def holds(measured: Measured) -> bool:
-        assert measured.accuracy is not None
-        return measured.accuracy >= least
-
-    if not holds(first):
-        assert first.accuracy is not None
+    of_float = float(np.mean(answers == problem.targets))
+    if first.accuracy < of_float - drop:
         raise BudgetError(
             f"the budget max accuracy drop = {drop:g} cannot be kept: the least, with the most bits everywhere, is "
-            f"{least + drop - first.accuracy:.4g} on {problem.count} scoring images"
+            f"{of_float - first.accuracy:.4g} on {problem.count} scoring images"
         )
-    return holds
+    return of_float - drop
 
 
 def _check_exact(budget: Budget) -> None:
