@@ -10,12 +10,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mptqc.analysis.bit_variables import find_variables
 from mptqc.analysis.compensate import compensate
 from mptqc.analysis.fidelity import Fidelity, measure_fidelity
 from mptqc.analysis.mixed_precision import allocate
 from mptqc.analysis.observe import Progress
+from mptqc.analysis.pareto import path_of, point_at
 from mptqc.analysis.planner import float_layers, plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
+from mptqc.analysis.widths import at_bits, bits_of
 from mptqc.data.augment import augmented
 from mptqc.data.preprocess import METADATA_KEY
 from mptqc.data.samples import Samples
@@ -116,11 +119,27 @@ def compile_model(
     return Compiled(model, plan, fidelity)
 
 
-def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Compiled:
+def apply_plan(
+    path: Path,
+    plan: QuantPlan,
+    *,
+    convert_fp16: bool = False,
+    at: float | None = None,
+    samples: Samples | None = None,
+    report: Progress = silent,
+) -> Compiled:
     """Rebuild the compiled model from the float model and a plan; needs no data, gives the same bytes.
 
+    Args:
+        path: the float model.
+        plan: complete.
+        convert_fp16: as it was given to `compile_model`.
+        at: average bits: emit the first point of the plan's path that keeps them, not the plan's own.
+        samples: calibration images to compensate the weights of that point with; without them they are rounded.
+        report: called with (step, done, total).
+
     Raises:
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model, or has no such point.
     """
     digest = model_digest(path)
     if digest != plan.model_digest:
@@ -131,10 +150,28 @@ def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Co
     model = load_canonical(path, convert_fp16=convert_fp16)
     rotate(model, plan.recipe)
     fold(model, plan)
+    if at is not None:
+        plan = _at_point(model, plan, at, samples, report)
     prune(model)
     emit(model, plan)
     lower(model, plan.recipe.target)
     return Compiled(model, plan)
+
+
+def _at_point(model: ir.Model, plan: QuantPlan, at: float, samples: Samples | None, report: Progress) -> QuantPlan:
+    """The plan at another point of its path; at its own point it stays as it is."""
+    shapes = concrete_shapes(model)
+    variables = find_variables(model, shapes, plan.recipe)
+    path, point = path_of(plan), point_at(plan, at)
+    bits = path.bits_after(point.step)
+    if bits == bits_of(plan, variables):
+        return plan
+    plan = at_bits(plan, variables, bits)
+    plan = plan.model_copy(update={"path": path.model_copy(update={"end_bytes": point.bytes})})
+    if samples is None or not plan.recipe.compensation:
+        return plan
+    used = augmented(samples.take(plan.recipe.samples, plan.recipe.seed), plan.recipe.views, plan.recipe.seed)
+    return compensate(model, shapes, used, plan, quantize, report)
 
 
 def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:

@@ -135,6 +135,7 @@ class BitPath(Frozen):
         start: bits of each before the first step.
         steps: in order. The plan itself is the point after the last one.
         loss, accuracy, bytes: of the start, as in `Step`.
+        end_bytes: bytes of the file after the last step.
         loss_kind: how outputs were compared.
     """
 
@@ -143,6 +144,7 @@ class BitPath(Frozen):
     loss: float
     accuracy: float | None
     bytes: int
+    end_bytes: int
     loss_kind: Loss
     steps: tuple[Step, ...] = ()
 

@@ -242,7 +242,7 @@ def _explain(error: ValidationError) -> str:
     for mistake in error.errors():
         where = ".".join(str(step) for step in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
-            inner = {"sites": SiteOverride, "budget": Budget, "bit_limits": BitLimits}
+            inner: dict[str, type[BaseModel]] = {"sites": SiteOverride, "budget": Budget, "bit_limits": BitLimits}
             known = inner.get(where.partition(".")[0], Recipe).model_fields
             parts.append(f"unknown recipe key {where!r}; the known ones are {', '.join(known)}")
         else:

@@ -64,7 +64,7 @@ def check_attainable(variables: Sequence[BitVariable], measures: Sequence[Measur
 def measure_table(variables: Sequence[BitVariable], start: Bits, score: Score, report: Progress) -> Table:
     """Measure every variable at every width, all others as in `start`."""
     options = [(at, width) for at, one in enumerate(variables) for width in one.widths if width != start[at]]
-    changes = {}
+    changes: dict[tuple[int, int], float] = {}
     for done in range(0, len(options), MEASURED_AT_ONCE):
         report("measure every width", done, len(options))
         part = options[done : done + MEASURED_AT_ONCE]
@@ -190,8 +190,9 @@ def exact(variables: Sequence[BitVariable], start: Bits, measures: Sequence[Meas
     ]
     needed = [max(measure.cost(start) - measure.limit, 0.0) for measure in measures]
     chosen = _solve(changes, options, savings, needed)
-    relative = sum(saving / max(way, np.finfo(float).eps) for saving, way in zip(savings, needed, strict=True))
-    chosen.sort(key=lambda option: changes[option] / max(relative[option], np.finfo(float).eps))
+    least = np.finfo(np.float64).tiny
+    relative = np.sum([saving / max(way, least) for saving, way in zip(savings, needed, strict=True)], axis=0)
+    chosen.sort(key=lambda option: float(changes[option]) / max(float(relative[option]), least))
     state, states = start, []
     for at, width in (options[option] for option in chosen):
         if width != state[at]:

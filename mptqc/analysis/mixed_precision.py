@@ -88,9 +88,9 @@ def allocate(
                 break
         steps = _steps(states, start, search, file_bytes, report)
     logger.info("allocated bits in %d steps", len(steps))
-    path = empty.model_copy(
-        update={"loss": first.loss, "accuracy": first.accuracy, "bytes": file_bytes(start), "steps": steps}
-    )
+    figures = {"loss": first.loss, "accuracy": first.accuracy}
+    sizes = {"bytes": file_bytes(start), "end_bytes": file_bytes(end)}
+    path = empty.model_copy(update={**figures, **sizes, "steps": steps})
     return chosen.model_copy(update={"path": path})
 
 
@@ -135,7 +135,7 @@ def _steps(
     return tuple(steps)
 
 
-def _longest(states: Sequence[Bits], search: Search, least: float) -> Sequence[Bits]:
+def _longest(states: list[Bits], search: Search, least: float) -> list[Bits]:
     """The states up to the last that still has the accuracy, found by bisection: accuracy falls along the path."""
     holds, fails = 0, len(states) + 1
     while fails - holds > 1:
@@ -155,7 +155,7 @@ def search_digest(plan: QuantPlan, images: Samples) -> str:
 def _path(variables: Sequence[BitVariable], start: Bits, problem: Problem) -> BitPath:
     """A path without steps, not measured yet."""
     names = tuple(variable.name for variable in variables)
-    return BitPath(variables=names, start=start, loss=0, accuracy=None, bytes=0, loss_kind=problem.loss)
+    return BitPath(variables=names, start=start, loss=0, accuracy=None, bytes=0, end_bytes=0, loss_kind=problem.loss)
 
 
 def _named(variables: Sequence[BitVariable], bits: Bits) -> dict[str, int]:

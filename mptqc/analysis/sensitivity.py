@@ -22,7 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.analysis.bit_variables import Bits, BitVariable
-from mptqc.analysis.observe import fitting_batches
+from mptqc.analysis.observe import fitting_batches, with_outputs
 from mptqc.analysis.widths import at_bits
 from mptqc.data.samples import Samples
 from mptqc.graph.segments import Segment, split
@@ -125,8 +125,7 @@ def make_problem(
     image = str(model.graph.inputs[0].name)
     outputs = tuple(str(value.name) for value in model.graph.outputs)
     batches = tuple(fitting_batches(model, samples, BATCH))
-    serialized: bytes = ir.to_proto(model).SerializeToString()
-    session = create_session(serialized)
+    session = create_session(with_outputs(model, outputs))
     reference = tuple(tuple(run_arrays(session, outputs, {image: images})) for images in batches)
     targets = None
     if is_logits(reference[0][0]):
@@ -242,8 +241,7 @@ def quantized_segment(problem: Problem, position: int, bits: Bits) -> bytes:
     chosen = {variable.name: number for variable, number in zip(variables, bits, strict=True)}
     model = ir.from_proto(onnx.load_model_from_string(part.segment.model))
     problem.quantize(model, at_bits(part.plan, variables, chosen))
-    serialized: bytes = ir.to_proto(model).SerializeToString()
-    return serialized
+    return with_outputs(model, part.segment.outputs)
 
 
 def _of(part: Part, bits: Bits) -> Bits:
@@ -263,7 +261,7 @@ def _squared_error(exact: Sequence[Array], made: Sequence[Array]) -> NDArray[np.
     """‖y − ŷ‖² of each image, [B]."""
     total = np.zeros(len(exact[0]))
     for one, other in zip(exact, made, strict=True):
-        error = (one.astype(np.float64) - other).reshape(len(one), -1)
+        error = (one.astype(np.float64) - other.astype(np.float64)).reshape(len(one), -1)
         if is_logits(one):
             error -= error.mean(axis=1, keepdims=True)
         total += np.square(error).sum(axis=1)

@@ -8,6 +8,7 @@ See `mptqc.reference.packing` for the layout.
 from functools import cache
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -60,7 +61,7 @@ def table_bytes(plane: Plane) -> int:
     graph = ir.Graph([], [], nodes=[], name="tables")
     value = _table(graph, plane)
     assert value.const_value is not None
-    return len(ir.to_proto(value.const_value).SerializeToString())
+    return _size(ir.to_proto(value.const_value))
 
 
 _TYPICAL = np.zeros((8, 8), np.int8)
@@ -73,7 +74,12 @@ def _bytes_of_packed(bits: int, weights: int) -> int:
     graph = ir.Graph(inputs, [node.outputs[0] for node in nodes], nodes=nodes, opset_imports={"": 21}, name="packed")
     for number, node in enumerate(nodes):
         node.replace_input_with(0, emit_packed(_TYPICAL, bits, Builder(node, f"block{number:02}.proj/unpack")))
-    return len(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    return _size(ir.to_proto(ir.Model(graph, ir_version=10)))
+
+
+def _size(proto: onnx.TensorProto | onnx.ModelProto) -> int:
+    serialized: bytes = proto.SerializeToString()  # type: ignore[no-untyped-call] # protobuf has no types
+    return len(serialized)
 
 
 def _table(graph: ir.Graph, plane: Plane) -> ir.Value:
