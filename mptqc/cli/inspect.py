@@ -23,8 +23,8 @@ def inspect(
 
     JSON keys: target; layers: site, kind, operand, weight_bits, activation_bits, scale, zero_point, quantizer, m,
     split, low_codes, alpha, weight_bytes; totals: integer_linears, integer_attentions, float_linears,
-    average_weight_bits, average_activation_bits, weight_bytes, other_bytes, file_bytes, budget_bytes. null where a layer has no
-    such figure.
+    average_weight_bits, average_activation_bits, weight_bytes, other_bytes, file_bytes, budget_bytes. null
+    where there is no such figure.
     """
     inspection = inspect_model(model)
     if as_json:

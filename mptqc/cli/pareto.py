@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from mptqc.analysis.pareto import PathPoint, path_points
@@ -30,12 +31,8 @@ def pareto(
     rows = [dataclasses.asdict(point) for point in points]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        contents = {
-            "pareto.csv": as_csv(rows),
-            "pareto.json": json.dumps(rows, indent=1).encode(),
-            "pareto.png": picture,
-        }
-        write_together({output / name: content for name, content in contents.items()})
+        contents = {"csv": as_csv(rows), "json": json.dumps(rows, indent=1).encode(), "png": picture}
+        write_together({output / f"pareto.{ending}": content for ending, content in contents.items()})
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error.strerror}; choose another folder") from error
     typer.echo(f"wrote pareto.csv, pareto.json and pareto.png to {output}: {len(points)} points")
@@ -74,11 +71,13 @@ def draw(points: Sequence[PathPoint]) -> bytes:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="file, MB", ylabel="loss (weights not compensated)", yscale="log")
     sizes = [point.bytes / 1e6 for point in measured]
-    axes.plot(sizes, [point.loss for point in measured], "o-", color="tab:blue", markersize=3)
+    axes.plot(sizes, np.array([point.loss for point in measured], float), "o-", color="tab:blue", markersize=3)
     if measured[0].accuracy is not None:
         other = axes.twinx()
         other.set_ylabel("accuracy on the scoring images")
-        other.plot(sizes, [point.accuracy for point in measured], "s--", color="tab:orange", markersize=3)
+        other.plot(
+            sizes, np.array([point.accuracy for point in measured], float), "s--", color="tab:orange", markersize=3
+        )
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()
