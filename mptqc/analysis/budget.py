@@ -1,14 +1,14 @@
 """What a choice of bits costs, in the measures that a budget limits (METHOD, Greedy MP)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mptqc.analysis.bit_variables import Bits, BitVariable, Kind, Product
 from mptqc.graph.packed_weights import table_bytes, unpacking_bytes
 from mptqc.recipe import Budget
-from mptqc.reference.packing import Plane, packed_bytes, planes_of
+from mptqc.reference.packing import MAX_BITS, Plane, packed_bytes, planes_of
 
 Cost = Callable[[Bits], float]
 
@@ -30,10 +30,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class FileBytes:
-    """Bytes of the compiled file: of the weights' planes, of what widens them, and `rest`, which no bits change."""
+    """Bytes of the compiled file: of the weights' planes, of what widens them, and of all else.
+
+    Attributes:
+        variables: what bits are given to.
+        rest: what no bits change.
+        clipping: what an activation of fewer than 8 bits takes more than one of 8: its Clip, or its second region.
+    """
 
     variables: tuple[BitVariable, ...]
     rest: int = 0
+    clipping: int = 0
 
     def __call__(self, bits: Bits) -> int:
         """Bytes at a choice of bits."""
@@ -42,12 +49,20 @@ class FileBytes:
         for variable, number in zip(self.variables, bits, strict=True):
             if variable.kind is Kind.WEIGHT:
                 total += packed_bytes(variable.elements, number) + unpacking_bytes(number)
-                tables |= set(planes_of(number)) if number < 8 else set()
+                tables |= set(planes_of(number)) if number < MAX_BITS else set()
+            elif number < MAX_BITS:
+                total += self.clipping
         return total + sum(table_bytes(plane) for plane in tables)
 
     def fitted(self, bits: Bits, file_bytes: int) -> "FileBytes":
         """The same, right for a file of these bits that was written."""
-        return FileBytes(self.variables, self.rest + file_bytes - self(bits))
+        return replace(self, rest=self.rest + file_bytes - self(bits))
+
+    def fitted_clipping(self, bits: Bits, file_bytes: int) -> "FileBytes":
+        """The same, `clipping` chosen so that it is right for a written file with narrow activations."""
+        kinds = zip(self.variables, bits, strict=True)
+        narrow = sum(variable.kind is Kind.ACTIVATION and number < MAX_BITS for variable, number in kinds)
+        return replace(self, clipping=self.clipping + round((file_bytes - self(bits)) / max(narrow, 1)))
 
 
 def average_bits(variables: Sequence[BitVariable], kind: Kind) -> Cost:

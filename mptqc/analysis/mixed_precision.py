@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.analysis.allocate import Score, check_attainable, exact, greedy, greedy_in_place, measure_table
-from mptqc.analysis.bit_variables import Bits, BitVariable, find_products, find_variables
+from mptqc.analysis.bit_variables import Bits, BitVariable, Kind, find_products, find_variables
 from mptqc.analysis.budget import FileBytes, Measure, measures_of
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.scoring import Scorer
@@ -69,7 +69,7 @@ def allocate(
     problem = make_problem(model, images, plan, variables, quantize, search_digest(plan, images))
     empty = _path(variables, start, problem)
     plan = plan.model_copy(update={"path": empty})
-    file_bytes = FileBytes(tuple(variables)).fitted(start, size_of(plan))
+    file_bytes = _fitted_bytes(variables, start, plan, size_of)
     products = find_products(model, shapes, variables)
     with open_executor(executor) as place:
         search = Search(recipe, variables, start, Scorer(problem, place, checkpoint), report)
@@ -92,6 +92,18 @@ def allocate(
     sizes = {"bytes": file_bytes(start), "end_bytes": file_bytes(end)}
     path = empty.model_copy(update={**figures, **sizes, "steps": steps})
     return chosen.model_copy(update={"path": path})
+
+
+def _fitted_bytes(variables: Sequence[BitVariable], start: Bits, plan: QuantPlan, size_of: SizeOf) -> FileBytes:
+    """The arithmetic of the file's size, fitted to two files: of the start, and with activations of half the widths."""
+    found = FileBytes(tuple(variables)).fitted(start, size_of(plan))
+    narrow = tuple(
+        variable.widths[len(variable.widths) // 2] if variable.kind is Kind.ACTIVATION else bits
+        for variable, bits in zip(variables, start, strict=True)
+    )
+    if narrow == start:
+        return found
+    return found.fitted_clipping(narrow, size_of(at_bits(plan, variables, _named(variables, narrow))))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 ATTEMPTS = 4
 """How often a task is started before its loss is an error; workers may die under it."""
 
+CONNECT_SECONDS = 10
+
 KINDS = "in-process, processes:N, dask://host:port"
 
 
@@ -112,12 +114,11 @@ class DaskCluster:
                 f"--executor dask://{address} needs Dask, which is not installed: pip install 'mptqc[dask]'"
             ) from error
         try:
-            self._client = Client(f"tcp://{address}")
+            self._client = Client(f"tcp://{address}", timeout=CONNECT_SECONDS)
         except OSError as error:
             raise ExecutorError(f"no Dask scheduler answers at {address}: {error}") from error
         self.died: tuple[type[BaseException], ...] = (KilledWorker, CancelledError)
         self.executor: Executor = self._client.get_executor(pure=False)
-        self._sent: list[tuple[object, object]] = []
 
     def share(self, shared: object) -> object:
         """Send the object to every worker."""
