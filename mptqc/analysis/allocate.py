@@ -84,12 +84,12 @@ def greedy(variables: Sequence[BitVariable], start: Bits, measures: Sequence[Mea
     """States after each step, by the table; the last keeps every limit, or nothing more can be lowered."""
     state, states = start, []
     while (measure := farthest(measures, state, start)) is not None:
-        before = measure.cost(state)
+        before = measure.price(state)
         prices = []
         for at, variable in enumerate(variables):
             for width in variable.widths:
                 bits = with_bits(state, at, width)
-                saving = before - measure.cost(bits) if width < state[at] else 0.0
+                saving = before - measure.price(bits) if width < state[at] else 0.0
                 if saving > 0:
                     prices.append(((table[at][width] - table[at][state[at]]) / saving, -width, bits))
         if not prices:
@@ -108,11 +108,11 @@ def greedy_in_place(
     at_once = max(1, len(variables) // VARIABLES_A_STEP)
     while (measure := farthest(measures, queue.state, start)) is not None:
         report("allocate bits", round(1000 * (1 - measure.missing(queue.state, start))), 1000)
-        before = measure.cost(queue.state)
+        before = measure.price(queue.state)
         savings = {
             at: saving
             for at, variable in enumerate(variables)
-            if queue.state[at] > variable.widths[0] and (saving := before - measure.cost(queue.lowered(at))) > 0
+            if queue.state[at] > variable.widths[0] and (saving := before - measure.price(queue.lowered(at))) > 0
         }
         if not savings:
             break

@@ -15,12 +15,26 @@ Cost = Callable[[Bits], float]
 
 @dataclass(frozen=True)
 class Measure:
-    """A cost and its limit; `option` names it for people."""
+    """A cost and its limit.
+
+    Attributes:
+        option: its name, for people.
+        unit: likewise.
+        limit: what the cost may be.
+        cost: of a choice of bits.
+        smooth: nearly the cost, but falling with every bit; what steps are priced by. None: the cost itself.
+    """
 
     option: str
     unit: str
     limit: float
     cost: Cost
+    smooth: Cost | None = None
+
+    @property
+    def price(self) -> Cost:
+        """What steps are priced by."""
+        return self.cost if self.smooth is None else self.smooth
 
     def missing(self, bits: Bits, start: Bits) -> float:
         """How much of the way from the start to the limit is still to go, 0..1; 0 where the limit holds."""
@@ -72,6 +86,14 @@ def average_bits(variables: Sequence[BitVariable], kind: Kind) -> Cost:
     return lambda bits: float(elements @ np.array(bits)) / total
 
 
+def weight_bytes(variables: Sequence[BitVariable]) -> Cost:
+    """k/8 bytes a weight, without what widens them."""
+    elements = np.array(
+        [variable.elements if variable.kind is Kind.WEIGHT else 0 for variable in variables], np.float64
+    )
+    return lambda bits: float(elements @ np.array(bits)) / 8
+
+
 def bit_operations(variables: Sequence[BitVariable], products: Sequence[Product]) -> Cost:
     """Σ multiplications · bits · bits over products."""
     place = {variable.name: at for at, variable in enumerate(variables)}
@@ -101,12 +123,12 @@ def measures_of(
         cost = average_bits(variables, Kind.ACTIVATION)
         found.append(Measure("average activation bits", "bits", budget.activation_average, cost))
     if budget.max_bytes is not None:
-        found.append(Measure("max bytes", "bytes", budget.max_bytes, file_bytes))
+        found.append(Measure("max bytes", "bytes", budget.max_bytes, file_bytes, weight_bytes(variables)))
     if budget.max_bops is not None:
         found.append(Measure("max bops", "bit operations", budget.max_bops, bit_operations(variables, products)))
     if budget.max_accuracy_drop is not None:
-        fewest = tuple(variable.widths[0] for variable in variables)
-        found.append(Measure("bytes", "bytes", file_bytes(fewest), file_bytes))
+        cost = weight_bytes(variables)
+        found.append(Measure("weights", "bytes", cost(tuple(variable.widths[0] for variable in variables)), cost))
     return found
 
 

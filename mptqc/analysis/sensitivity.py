@@ -37,7 +37,7 @@ Outputs = Sequence[Sequence[Array]]
 Quantize = Callable[[ir.Model, QuantPlan], None]
 
 BATCH = 8
-SESSIONS_PER_SEGMENT = 4
+SESSIONS_PER_SEGMENT = 2
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Simulator:
         with self._sessions_lock:
             session = self._sessions.pop(key, None)
         if session is None:
-            session = create_session(quantized_segment(self._problem, position, bits), threads=1)
+            session = create_session(quantized_segment(self._problem, position, bits), threads=1, keep_memory=False)
         with self._sessions_lock:
             self._sessions[key] = session  # the latest used is the last
             while len(self._sessions) > SESSIONS_PER_SEGMENT * len(self._problem.parts):

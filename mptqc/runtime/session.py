@@ -62,6 +62,7 @@ def create_session(
     threads: int = 0,
     graph_optimization: bool = True,
     optimized_path: Path | None = None,
+    keep_memory: bool = True,
 ) -> Session:
     """Make a session whose numbers depend on nothing but the model, its inputs and the named provider.
 
@@ -71,6 +72,7 @@ def create_session(
         threads: threads inside an operator; 0 lets ONNX Runtime take every core.
         graph_optimization: False runs the graph exactly as it is written.
         optimized_path: where ONNX Runtime writes the graph it really runs; its weights go to a file beside it.
+        keep_memory: whether the session holds on to the memory of its largest run; False where many live side by side.
 
     Raises:
         ProviderError: the provider is unknown or cannot start here, or the kernel library does not work.
@@ -82,6 +84,7 @@ def create_session(
         raise RecipeError(f"threads is {threads}; give 0 (every core) or a positive number.")
     source, described = _model_source(model)
     options = _session_options(threads, graph_optimization, optimized_path)
+    options.enable_cpu_mem_arena = keep_memory
     if _names_custom_ops(source):
         _register_kernels(options)
     if provider == "cuda":

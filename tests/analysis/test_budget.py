@@ -62,7 +62,7 @@ def test_a_measure_is_missing_its_share_of_the_way():
         ({"average_bits": 4}, ["average weight bits", "average activation bits"]),
         ({"average_bits": 4, "average_activation_bits": 5}, ["average weight bits", "average activation bits"]),
         ({"max_bytes": 10, "max_bops": 1e9}, ["max bytes", "max bops"]),
-        ({"max_accuracy_drop": 0.01}, ["bytes"]),
+        ({"max_accuracy_drop": 0.01}, ["weights"]),
     ],
 )
 def test_each_limit_is_a_measure(budget, options):
