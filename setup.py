@@ -102,7 +102,20 @@ setup(
     ],
     extras_require={
         "export": ["torch>=2.6", "onnxscript>=0.5", "timm>=1.0"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "matplotlib>=3.9", "transformers>=5", "setuptools>=77"],
+        "exact": ["scipy>=1.11"],
+        "dask": ["distributed>=2024.8"],
+        "plot": ["matplotlib>=3.9"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff",
+            "mypy",
+            "matplotlib>=3.9",
+            "transformers>=5",
+            "setuptools>=77",
+            "scipy>=1.11",
+            "distributed>=2024.8",
+        ],
     },
     entry_points={"console_scripts": ["mptqc=mptqc.cli.app:main"]},
 )

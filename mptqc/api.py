@@ -89,6 +89,8 @@ def compile(
     std: tuple[float, ...] | None = None,
     convert_fp16: bool = False,
     options: dict[str, Any] | None = None,
+    executor: str = "in-process",
+    checkpoint: str | Path | None = None,
     verify: bool = True,
     report: Progress = silent,
 ) -> CompileResult:
@@ -104,6 +106,8 @@ def compile(
         std: per channel, likewise.
         convert_fp16: accept a float16 model and convert it to float32.
         options: single `Recipe` fields, which win over preset and file.
+        executor: where a search for bits measures: in-process, processes:N or dask://host:port; the same result.
+        checkpoint: a file from which an interrupted search for bits goes on.
         verify: load the result in ONNX Runtime and check it against the numpy reference.
         report: called with (step, done, total).
 
@@ -114,17 +118,55 @@ def compile(
     path = Path(model)
     samples, preprocessing = open_samples(path, calibration, preprocess, mean, std, convert_fp16=convert_fp16)
     as_json = None if preprocessing is None else preprocessing.to_json()
-    compiled = compile_model(path, samples, chosen, preprocess=as_json, convert_fp16=convert_fp16, report=report)
+    compiled = compile_model(
+        path,
+        samples,
+        chosen,
+        preprocess=as_json,
+        convert_fp16=convert_fp16,
+        executor=executor,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        report=report,
+    )
     return _checked(compiled, samples, verify=verify, report=report)
 
 
-def apply(model: str | Path, plan: str | Path, *, convert_fp16: bool = False) -> CompileResult:
+def apply(
+    model: str | Path,
+    plan: str | Path,
+    *,
+    convert_fp16: bool = False,
+    at: float | None = None,
+    calibration: str | Path | None = None,
+    preprocess: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    report: Progress = silent,
+) -> CompileResult:
     """Rebuild a compiled model from the float model and its plan, byte for byte, with no data.
 
+    Args:
+        model: the float ONNX file.
+        plan: the plan's .json.
+        convert_fp16: as it was given to `compile`.
+        at: average bits: emit this point of the plan's path instead. Its weights are rounded at searched scales, since
+            only the compiled point was compensated, unless `calibration` is given.
+        calibration: images to compensate that point with; preprocess, mean, std: theirs, as for `compile`.
+        preprocess: see `calibration`.
+        mean: see `calibration`.
+        std: see `calibration`.
+        report: called with (step, done, total).
+
     Raises:
-        PlanError: the plan is damaged or was made for another model.
+        PlanError: the plan is damaged, was made for another model, or has no such point.
     """
-    compiled = apply_plan(Path(model), load_plan(Path(plan)), convert_fp16=convert_fp16)
+    path, samples = Path(model), None
+    if calibration is not None:
+        if at is None:
+            raise RecipeError("calibration images are for another point of the path: give `at` (--at) too")
+        samples, _ = open_samples(path, calibration, preprocess, mean, std, convert_fp16=convert_fp16)
+    loaded = load_plan(Path(plan))
+    compiled = apply_plan(path, loaded, convert_fp16=convert_fp16, at=at, samples=samples, report=report)
     return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
 
 

@@ -10,17 +10,21 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mptqc.analysis.bit_variables import find_variables
 from mptqc.analysis.compensate import compensate
 from mptqc.analysis.fidelity import Fidelity, measure_fidelity
+from mptqc.analysis.mixed_precision import allocate
 from mptqc.analysis.observe import Progress
+from mptqc.analysis.pareto import path_of, point_at
 from mptqc.analysis.planner import float_layers, plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
+from mptqc.analysis.widths import at_bits, bits_of
 from mptqc.data.augment import augmented
 from mptqc.data.preprocess import METADATA_KEY
 from mptqc.data.samples import Samples
 from mptqc.errors import ModelError, PlanError, RecipeError
 from mptqc.graph.compiled_file import load_compiled
-from mptqc.graph.io import load_model, model_digest
+from mptqc.graph.io import load_model, model_digest, serialize
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
 from mptqc.graph.tensors import find_tensors
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
@@ -67,6 +71,8 @@ def compile_model(
     *,
     preprocess: str | None = None,
     convert_fp16: bool = False,
+    executor: str = "in-process",
+    checkpoint: Path | None = None,
     report: Progress = silent,
 ) -> Compiled:
     """Compile a float ONNX vision transformer to an integer one.
@@ -77,10 +83,13 @@ def compile_model(
         recipe: what to do.
         preprocess: JSON of the preprocessing, kept in the model's metadata.
         convert_fp16: take a float16 model by converting it to float32 first.
+        executor: where the search for bits measures, see `mptqc.runtime.executors`; does not change the result.
+        checkpoint: a file from which an interrupted search for bits goes on.
         report: called with (step, done, total).
 
     Raises:
         ModelError: not a model that mptqc compiles.
+        BudgetError: the recipe's budget cannot be kept.
         DataError: the samples do not fit the model.
     """
     report("canonicalise", 0, 1)
@@ -94,6 +103,15 @@ def compile_model(
     plan = plan_folds(model, concrete_shapes(model), used, plan, report)
     fold(model, plan)
     plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)
+    if recipe.budget is not None:
+
+        def size_of(candidate: QuantPlan) -> int:
+            return emitted_bytes(model, candidate)
+
+        plan = allocate(
+            model, concrete_shapes(model), used, plan, quantize, size_of, report,
+            executor=executor, checkpoint=checkpoint,
+        )  # fmt: skip
     if recipe.compensation:
         plan = compensate(model, concrete_shapes(model), used, plan, quantize, report)
     prune(model)
@@ -105,11 +123,27 @@ def compile_model(
     return Compiled(model, plan, fidelity)
 
 
-def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Compiled:
+def apply_plan(
+    path: Path,
+    plan: QuantPlan,
+    *,
+    convert_fp16: bool = False,
+    at: float | None = None,
+    samples: Samples | None = None,
+    report: Progress = silent,
+) -> Compiled:
     """Rebuild the compiled model from the float model and a plan; needs no data, gives the same bytes.
 
+    Args:
+        path: the float model.
+        plan: complete.
+        convert_fp16: as it was given to `compile_model`.
+        at: average bits: emit the first point of the plan's path that keeps them, not the plan's own.
+        samples: calibration images to compensate the weights of that point with; without them they are rounded.
+        report: called with (step, done, total).
+
     Raises:
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model, or has no such point.
     """
     digest = model_digest(path)
     if digest != plan.model_digest:
@@ -120,10 +154,28 @@ def apply_plan(path: Path, plan: QuantPlan, *, convert_fp16: bool = False) -> Co
     model = load_canonical(path, convert_fp16=convert_fp16)
     rotate(model, plan.recipe)
     fold(model, plan)
+    if at is not None:
+        plan = _at_point(model, plan, at, samples, report)
     prune(model)
     emit(model, plan)
     lower(model, plan.recipe.target)
     return Compiled(model, plan)
+
+
+def _at_point(model: ir.Model, plan: QuantPlan, at: float, samples: Samples | None, report: Progress) -> QuantPlan:
+    """The plan at another point of its path; at its own point it stays as it is."""
+    shapes = concrete_shapes(model)
+    variables = find_variables(model, shapes, plan.recipe)
+    path, point = path_of(plan), point_at(plan, at)
+    bits = path.bits_after(point.step)
+    if bits == bits_of(plan, variables):
+        return plan
+    plan = at_bits(plan, variables, bits)
+    plan = plan.model_copy(update={"path": path.model_copy(update={"end_bytes": point.bytes})})
+    if samples is None or not plan.recipe.compensation:
+        return plan
+    used = augmented(samples.take(plan.recipe.samples, plan.recipe.seed), plan.recipe.views, plan.recipe.seed)
+    return compensate(model, shapes, used, plan, quantize, report)
 
 
 def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
@@ -193,9 +245,25 @@ def emit(model: ir.Model, plan: QuantPlan) -> None:
     """Smoothed to quantized, in place: standard ONNX that knows its plan."""
     quantize(model, plan)
     run_passes(model, [PackWeights()])
-    model.metadata_props[PLAN_KEY] = plan.model_dump_json()
+    model.metadata_props[PLAN_KEY] = without_steps(plan).model_dump_json()
     if plan.preprocess is not None:
         model.metadata_props[METADATA_KEY] = plan.preprocess
+
+
+def without_steps(plan: QuantPlan) -> QuantPlan:
+    """The plan as the model carries it: the way to its bits is in the plan's own file only."""
+    if plan.path is None:
+        return plan
+    return plan.model_copy(update={"path": plan.path.model_copy(update={"steps": ()})})
+
+
+def emitted_bytes(model: ir.Model, plan: QuantPlan) -> int:
+    """Bytes of the file that a smoothed model and a plan give; the model is not changed."""
+    copy = ir.from_proto(ir.to_proto(model))
+    prune(copy)
+    emit(copy, plan)
+    lower(copy, plan.recipe.target)
+    return len(serialize(copy))
 
 
 def lower(model: ir.Model, target: Target) -> None:

@@ -35,3 +35,11 @@ class RefusalError(MptqcError):
 
 class VerifyError(MptqcError):
     """A compiled model does not do what its plan says."""
+
+
+class ExecutorError(MptqcError):
+    """Workers cannot be reached, or were lost again and again."""
+
+
+class BudgetError(MptqcError):
+    """No choice of bits keeps the budget; says what the least is."""

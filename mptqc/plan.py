@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 
 from mptqc.errors import OutputError, PlanError
 from mptqc.graph.files import write_together
-from mptqc.recipe import Bits, Recipe
+from mptqc.recipe import Bits, Loss, Recipe
 
 PLAN_FORMAT = 1
 PLAN_KEY = "mptqc.plan"
@@ -141,6 +141,55 @@ class AttentionFold(Frozen):
     site: str
 
 
+class Step(NamedTuple):
+    """One step of the search for bits: one variable gets other bits.
+
+    Attributes:
+        variable: its position in `BitPath.variables`.
+        bits: what it gets.
+        loss: of the model after the step, on the scoring images, weights not compensated; None where it was not
+            measured.
+        accuracy: of the model after the step: top-1 on them, or agreement with float where they have no labels; None
+            for a model without classes, and where it was not measured.
+        bytes: of the file after the step.
+    """
+
+    variable: int
+    bits: Bits
+    loss: float | None
+    accuracy: float | None
+    bytes: int
+
+
+class BitPath(Frozen):
+    """The way that the search took from many bits to few; every point of it can be emitted.
+
+    Attributes:
+        variables: names, as in `QuantPlan.elements`.
+        start: bits of each before the first step.
+        steps: in order. The plan itself is the point after the last one.
+        loss, accuracy, bytes: of the start, as in `Step`.
+        end_bytes: bytes of the file after the last step.
+        loss_kind: how outputs were compared.
+    """
+
+    variables: tuple[str, ...]
+    start: tuple[Bits, ...]
+    loss: float
+    accuracy: float | None
+    bytes: int
+    end_bytes: int
+    loss_kind: Loss
+    steps: tuple[Step, ...] = ()
+
+    def bits_after(self, steps: int) -> dict[str, int]:
+        """Bits of every variable after so many steps."""
+        bits = list(self.start)
+        for step in self.steps[:steps]:
+            bits[step.variable] = step.bits
+        return dict(zip(self.variables, bits, strict=True))
+
+
 class Refusal(Frozen):
     """A site that was left as it is, and why."""
 
@@ -150,7 +199,12 @@ class Refusal(Frozen):
 
 
 class QuantPlan(Frozen):
-    """The whole decision for one model; `arrays` holds its vectors, float32 or int8."""
+    """The whole decision for one model; `arrays` holds its vectors, float32 or int8.
+
+    `elements`: what the bits are averaged over (METHOD, Greedy MP): of `<site>/weight` the number of weights, of
+    `<site>/input` and `<site>/q`, `/k`, `/p`, `/v` the elements per image; an input that several Linears share is
+    named after the first. `path`: how the bits were found, where they were searched.
+    """
 
     format: Literal[1] = PLAN_FORMAT  # type: ignore[assignment]
     model_digest: str
@@ -162,6 +216,8 @@ class QuantPlan(Frozen):
     attentions: tuple[AttentionPlan, ...] = ()
     tensors: tuple[TensorPlan, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    elements: Mapping[str, int] = Field(default_factory=dict)
+    path: BitPath | None = None
     preprocess: str | None = None
     arrays: Mapping[str, NDArray[np.generic]] = Field(default_factory=dict, exclude=True, repr=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mptqc.errors import RecipeError
 
@@ -48,6 +48,83 @@ class SiteOverride(BaseModel):
     activation_bits: Bits | None = None
 
 
+class Allocator(StrEnum):
+    """How bits are allocated to a budget; see METHOD, Greedy MP."""
+
+    GREEDY = "greedy"
+    GREEDY_IN_PLACE = "greedy-in-place"
+    EXACT = "exact"
+
+
+class Loss(StrEnum):
+    """How allocation compares outputs: relative squared error, or KL divergence of the softmax of logits."""
+
+    OUTPUT = "output"
+    KL = "kl"
+
+
+class Budget(BaseModel):
+    """What the compiled model may cost; each limit that is given holds. METHOD, Greedy MP defines the measures.
+
+    Attributes:
+        average_bits: of the weights, and of the activations.
+        average_weight_bits: mean over weights, each Linear counting by its number of weights.
+        average_activation_bits: mean over quantized activations, each tensor counting by its elements per image.
+        max_bytes: of the file.
+        max_bops: bit operations an image, the sum over products of multiplications x bits x bits.
+        max_accuracy_drop: top-1 (without labels: agreement) that may be lost on the scoring images, 0..1; the
+            smallest model found that holds it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    average_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    average_weight_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    average_activation_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    max_bops: Annotated[float, Field(gt=0)] | None = None
+    max_accuracy_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> "Budget":
+        given = [name for name, limit in self if limit is not None]
+        if not given:
+            raise ValueError(f"a budget needs a limit: one of {', '.join(Budget.model_fields)}")
+        if self.max_accuracy_drop is not None and len(given) > 1:
+            raise ValueError("max_accuracy_drop looks for the smallest model that holds it; give no other limit")
+        return self
+
+    @property
+    def weight_average(self) -> float | None:
+        """The average that the weights must keep, if one is given."""
+        return _least(self.average_bits, self.average_weight_bits)
+
+    @property
+    def activation_average(self) -> float | None:
+        """The average that the activations must keep, if one is given."""
+        return _least(self.average_bits, self.average_activation_bits)
+
+
+def _least(*limits: float | None) -> float | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+class BitLimits(BaseModel):
+    """The fewest and the most bits that allocation may give, by kind of tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: tuple[Bits, Bits] = (2, 8)
+    activation: tuple[Bits, Bits] = (3, 8)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "BitLimits":
+        for kind, (least, most) in self:
+            if least > most:
+                raise ValueError(f"bit_limits.{kind} = [{least}, {most}]: the fewest bits come first")
+        return self
+
+
 class Recipe(BaseModel):
     """Every choice that changes the compiled model.
 
@@ -71,7 +148,13 @@ class Recipe(BaseModel):
         gelu_folds: a scale per channel between GELU and the Linear that reads it.
         compensation: sequential ridge, GPTQ and bias refit of every Linear.
         sites: overrides by site pattern (shell wildcards), the last match wins, e.g.
-            {"block0?.fc2": {"activation_bits": 8}}.
+            {"block0?.fc2": {"activation_bits": 8}}; with a budget these bits are fixed, and count.
+        budget: what the model may cost; every layer's bits are then allocated, the patch embedding's and head's too,
+            and `weight_bits`, `activation_bits` and `end_bits` hold only for what the budget leaves free.
+        allocator: how bits are allocated to the budget.
+        loss: how allocation compares the outputs of choices of bits; always `output` where they are no logits.
+        bit_limits: the fewest and the most bits that allocation may give.
+        scoring_images: calibration images on which allocation measures a loss.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,16 +178,30 @@ class Recipe(BaseModel):
     gelu_folds: bool = False
     compensation: bool = True
     sites: Mapping[str, SiteOverride] = Field(default_factory=dict)
+    budget: Budget | None = None
+    allocator: Allocator = Allocator.GREEDY
+    loss: Loss = Loss.OUTPUT
+    bit_limits: BitLimits = Field(default_factory=BitLimits)
+    scoring_images: Annotated[int, Field(ge=2)] = 32
 
     def bits_of(self, site: str) -> tuple[int, int]:
-        """(weight bits, activation bits) of a site after overrides."""
+        """(weight bits, activation bits) of a site after overrides; with a budget its averages, as a first guess."""
         at_an_end = site.startswith(("patch_embed", "head"))
         weight_bits, activation_bits = (self.end_bits,) * 2 if at_an_end else (self.weight_bits, self.activation_bits)
+        if self.budget is not None:
+            weight_bits = round(self.budget.weight_average or weight_bits)
+            activation_bits = round(self.budget.activation_average or activation_bits)
+        fixed = self.fixed_bits_of(site)
+        return fixed.weight_bits or weight_bits, fixed.activation_bits or activation_bits
+
+    def fixed_bits_of(self, site: str) -> SiteOverride:
+        """What `sites` says of a site; None where it says nothing."""
+        weight_bits, activation_bits = None, None
         for pattern, override in self.sites.items():
             if fnmatchcase(site, pattern):
                 weight_bits = override.weight_bits or weight_bits
                 activation_bits = override.activation_bits or activation_bits
-        return weight_bits, activation_bits
+        return SiteOverride(weight_bits=weight_bits, activation_bits=activation_bits)
 
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -152,7 +249,8 @@ def _explain(error: ValidationError) -> str:
     for mistake in error.errors():
         where = ".".join(str(step) for step in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
-            known = SiteOverride.model_fields if where.startswith("sites.") else Recipe.model_fields
+            inner: dict[str, type[BaseModel]] = {"sites": SiteOverride, "budget": Budget, "bit_limits": BitLimits}
+            known = inner.get(where.partition(".")[0], Recipe).model_fields
             parts.append(f"unknown recipe key {where!r}; the known ones are {', '.join(known)}")
         else:
             parts.append(f"{where} = {mistake['input']!r}: {mistake['msg'].lower()}")

@@ -132,7 +132,7 @@ def _operand_axes(node: ir.Node, axis: int, shapes: Shapes, *, fixed_batch: bool
         return {0: axis}
     if is_op(node, "LayerNormalization", "Softmax"):
         return {0: axis} if axis < node.attributes.get_int("axis", -1) % len(shape) else None
-    if is_op(node, "ReduceMax") and node.attributes.get_int("keepdims", 1):
+    if is_op(node, "ReduceMax") and node.attributes.get_int("keepdims", 1) == 1:
         axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
         return {0: axis} if axes is not None and axis not in {int(own) % len(shape) for own in axes} else None
     if is_op(node, "Transpose"):

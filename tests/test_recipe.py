@@ -128,3 +128,33 @@ def test_a_file_that_is_no_toml(tmp_path, content):
 def test_a_recipe_cannot_be_edited():
     with pytest.raises(ValueError, match="frozen"):
         Recipe().weight_bits = 4
+
+
+def test_a_budget_is_a_first_guess_of_bits_for_ends_too():
+    recipe = make_recipe(options={"budget": {"average_bits": 4.4}, "sites": {"head": {"weight_bits": 6}}})
+    assert recipe.bits_of("patch_embed") == recipe.bits_of("block00.fc1") == (4, 4)
+    assert recipe.bits_of("head") == (6, 4)
+
+
+def test_what_a_budget_leaves_free_keeps_its_bits():
+    assert make_recipe("w4a8", options={"budget": {"average_weight_bits": 3}}).bits_of("block00.fc1") == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": {}}, "a budget needs a limit"),
+        ({"budget": {"max_accuracy_drop": 0.1, "max_bytes": 9}}, "give no other limit"),
+        ({"budget": {"average_bits": 1}}, r"budget\.average_bits = 1"),
+        ({"budget": {"max_watts": 1}}, r"unknown recipe key 'budget\.max_watts'; the known ones are average_bits"),
+        ({"bit_limits": {"weight": (6, 4)}}, r"bit_limits\.weight = \[6, 4\]"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(options=options)
+
+
+def test_a_recipe_with_a_budget_survives_json():
+    recipe = make_recipe(options={"budget": {"max_bytes": 10**7}, "bit_limits": {"weight": (3, 8)}})
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

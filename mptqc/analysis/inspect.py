@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from mptqc.analysis.bit_variables import Kind
+from mptqc.analysis.budget import average_of
 from mptqc.errors import ModelError, VerifyError
 from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.integer_sites import PRODUCTS_OF_AN_ATTENTION, IntegerSite, find_integer_sites
@@ -62,7 +64,8 @@ class Totals:
         quantized_tensors: tensors that are no operands and yet quantized.
         float_linears: Linears that the plan leaves float.
         average_weight_bits: over all weights of integer Linears.
-        average_activation_bits: over all quantized operands and tensors.
+        average_activation_bits: over the elements of all quantized activations.
+        budget_bytes: what the budget's arithmetic says the file takes; None where no bits were searched.
         weight_bytes: codes of all integer Linears.
         other_bytes: everything else in the file: scales, biases, float weights, the graph.
         file_bytes: the file and its external data.
@@ -77,6 +80,7 @@ class Totals:
     weight_bytes: int
     other_bytes: int
     file_bytes: int
+    budget_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,19 @@ def inspect_model(path: Path) -> Inspection:
         float_linears=len(find_linears(model)),
         average_weight_bits=sum(weight.bits * weight.codes.size for weight in weights)
         / max(sum(weight.codes.size for weight in weights), 1),
-        average_activation_bits=float(np.mean([row.activation_bits for row in rows])) if rows else 0.0,
+        average_activation_bits=_average_activation_bits(rows, plan),
         weight_bytes=weight_bytes,
         other_bytes=file_bytes - weight_bytes,
         file_bytes=file_bytes,
+        budget_bytes=None if plan.path is None else plan.path.end_bytes,
     )
     return Inspection(plan.recipe.target.value, tuple(rows), totals)
+
+
+def _average_activation_bits(rows: Sequence[OperandRow], plan: QuantPlan) -> float:
+    """Each activation counts once, by its elements, however many Linears read it."""
+    bits = {f"{row.site}/{row.operand}": row.activation_bits for row in rows}
+    return average_of(plan.elements, bits, Kind.ACTIVATION)
 
 
 def _layer_rows(sites: Sequence[IntegerSite], plan: QuantPlan, path: Path) -> list[OperandRow]:

@@ -6,13 +6,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mptqc.analysis.observe import Observations, Progress, observe, origin
-from mptqc.analysis.ranges import search_attention, search_linear_input
+from mptqc.analysis.bit_variables import find_variables, input_groups
+from mptqc.analysis.observe import Observations, Progress, Rows, observe, origin
+from mptqc.analysis.ranges import Search, attention_searches, linear_input_search
 from mptqc.analysis.smoothing import Smoothing, plan_attention, plan_gelu, plan_norm
 from mptqc.analysis.tensor_planner import plan_tensors
 from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
+from mptqc.analysis.widths import at_bits, quantizer_array, without
 from mptqc.data.samples import Samples
-from mptqc.errors import RefusalError
+from mptqc.errors import RecipeError, RefusalError
 from mptqc.graph.blocks import (
     Activation,
     Projections,
@@ -25,11 +27,8 @@ from mptqc.graph.edit import is_op
 from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms, site_of
 from mptqc.graph.tensors import Tensors, find_tensors
 from mptqc.plan import (
-    ActivationQuantizer,
     AttentionFold,
-    AttentionPlan,
     GeluFold,
-    LayerPlan,
     NormFold,
     QuantPlan,
     Refusal,
@@ -159,65 +158,74 @@ def _foldable_activations(model: ir.Model, shapes: Shapes, refusals: list[Refusa
 
 
 def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPlan, report: Progress) -> QuantPlan:
-    """Add the quantizer of every Linear, attention and, for full coverage, tensor; `model` has the folds applied."""
+    """Add the quantizer of every Linear, attention and, for full coverage, tensor; `model` has the folds applied.
+
+    With a budget each gets its most bits, and the plan's arrays hold the quantizers of all widths (`widths`).
+
+    Raises:
+        RecipeError: a budget together with full coverage.
+    """
     recipe = plan.recipe
+    full = recipe.coverage is Coverage.FULL
+    if full and recipe.budget is not None:
+        raise RecipeError(
+            "a budget is kept by the operands of products alone, so far; the tensors of coverage 'full' would be left "
+            "out of it: give bits (activation_bits, sites) instead of a budget, or coverage 'partial'"
+        )
     linears, attentions = find_linears(model), find_attentions(model)
-    tensors = find_tensors(model) if recipe.coverage is Coverage.FULL else Tensors((), ())
+    tensors = find_tensors(model) if full else Tensors((), ())
     values = [linear.input for linear in linears]
     values += [tensor.value for tensor in tensors.found if tensor.kind is not TensorKind.SCORES]
-    seen = observe(
-        model, samples, values, attentions, shapes, recipe.seed, report, scores=recipe.coverage is Coverage.FULL
-    )
-    inputs: dict[tuple[str, int], ActivationQuantizer] = {}
-    moments: dict[str, NDArray[np.float32]] = {}
+    seen = observe(model, samples, values, attentions, shapes, recipe.seed, report, scores=full)
+    variables = find_variables(model, shapes, recipe)
+    widths = {variable.name: variable.widths for variable in variables}
     arrays: dict[str, NDArray[np.generic]] = {}
-    layers = []
-    for done, linear in enumerate(linears):
+    moments: dict[str, NDArray[np.float32]] = {}
+    for done, (site, group) in enumerate(input_groups(model, recipe).items()):
         report("search Linears", done, len(linears))
-        weight_bits, bits = recipe.bits_of(linear.site)
+        search = _input_search(group, seen.rows[str(group[0].input.name)], shapes, recipe)
+        arrays[f"{site}/input/quantizers"] = quantizer_array({bits: search(bits) for bits in widths[f"{site}/input"]})
+    for done, linear in enumerate(linears):
+        report("search weights", done, len(linears))
         name = str(linear.input.name)
-        rows = seen.rows[name]
-        if (name, bits) not in inputs:
-            sharing = [other.weight for other in linears if other.input is linear.input]
-            after_gelu = follows_gelu(origin(linear.input, shapes))
-            inputs[name, bits] = search_linear_input(
-                rows, sharing, bits, recipe.range_method, two_regions=recipe.opt_m and after_gelu, seed=recipe.seed
-            )
-        by_output = recipe.range_method is RangeMethod.OUTPUT and not recipe.compensation
-        if by_output and name not in moments:
-            moments = {name: second_moment(rows)}
-        arrays[f"{linear.site}/weight_scale"] = _weight_scale(linear, weight_bits, recipe, moments.get(name))
-        layers.append(LayerPlan(site=linear.site, weight_bits=weight_bits, input=inputs[name, bits]))
-    plan = plan.model_copy(
-        update={
-            "layers": tuple(layers),
-            "attentions": _plan_attentions(attentions, seen, recipe, report),
-            "refusals": plan.refusals + tensors.refusals,
-        }
-    ).with_arrays(arrays)
-    return plan_tensors(model, tensors.found, seen, plan, report)
+        if _scales_by_output(recipe) and name not in moments:
+            moments = {name: second_moment(seen.rows[name])}
+        for bits in widths[f"{linear.site}/weight"]:
+            scale = _weight_scale(linear, bits, recipe, moments.get(name))
+            arrays[f"{linear.site}/weight_scale/{bits}"] = scale
+    for done, attention in enumerate(attentions):
+        report("search attentions", done, len(attentions))
+        searches = attention_searches(
+            seen.slices[attention.site], recipe.range_method, two_regions=recipe.opt_m, seed=recipe.seed
+        )
+        for operand, search in searches.items():
+            name = f"{attention.site}/{operand}"
+            arrays[f"{name}/quantizers"] = quantizer_array({bits: search(bits) for bits in widths[name]})
+    most = {variable.name: variable.widths[-1] for variable in variables}
+    planned = at_bits(plan.with_arrays(arrays), variables, most).model_copy(
+        update={"elements": {variable.name: variable.elements for variable in variables}}
+    )
+    planned = planned if recipe.budget is not None else without(planned, arrays.keys())
+    planned = planned.model_copy(update={"refusals": planned.refusals + tensors.refusals})
+    return plan_tensors(model, tensors.found, seen, planned, report)
+
+
+def _input_search(group: Sequence[Linear], rows: Rows, shapes: Shapes, recipe: Recipe) -> Search:
+    value = group[0].input
+    after_gelu = follows_gelu(origin(value, shapes))
+    weights = [linear.weight for linear in group]
+    return linear_input_search(
+        rows, weights, recipe.range_method, two_regions=recipe.opt_m and after_gelu, seed=recipe.seed
+    )
+
+
+def _scales_by_output(recipe: Recipe) -> bool:
+    """True if weight scales are judged by output error; compensation searches scales of its own, after allocation."""
+    return recipe.range_method is RangeMethod.OUTPUT and (recipe.budget is not None or not recipe.compensation)
 
 
 def _weight_scale(linear: Linear, bits: int, recipe: Recipe, moment: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    if recipe.range_method is RangeMethod.MIN_MAX or recipe.compensation:  # compensation searches scales of its own
+    searched_later = recipe.compensation and recipe.budget is None
+    if recipe.range_method is RangeMethod.MIN_MAX or searched_later:
         return largest_scale(linear.weight, bits)
     return search_weight_scale(linear.weight, bits, moment)
-
-
-def _plan_attentions(
-    attentions: Sequence[Attention], seen: Observations, recipe: Recipe, report: Progress
-) -> tuple[AttentionPlan, ...]:
-    found = []
-    for done, attention in enumerate(attentions):
-        report("search attentions", done, len(attentions))
-        found.append(
-            search_attention(
-                attention.site,
-                seen.slices[attention.site],
-                recipe.bits_of(attention.site)[1],
-                recipe.range_method,
-                two_regions=recipe.opt_m,
-                seed=recipe.seed,
-            )
-        )
-    return tuple(found)

@@ -5,7 +5,7 @@ q, k         ‖(Q(q) − q)kᵀ‖², ‖q(Q(k) − k)ᵀ‖², each row's mean
 softmax, v   ‖(Q(P) − P)V‖², ‖P(Q(v) − v)‖², with r·E for P where rows are scaled: then E is what is quantized
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,14 @@ from mptqc.analysis.candidates import (
     uniform_candidates,
 )
 from mptqc.analysis.observe import Rows, Slices
-from mptqc.plan import ActivationQuantizer, AttentionPlan
+from mptqc.plan import ActivationQuantizer
 from mptqc.recipe import RangeMethod
 from mptqc.reference.quantizers import fake_quantize
 
 Array = NDArray[np.float32]
 OutputError = Callable[[ActivationQuantizer], float]
+Search = Callable[[int], ActivationQuantizer]
+"""From bits, 2..8, to the best quantizer of one tensor; what all widths share is prepared."""
 
 SHORTLIST = 6
 PERCENTILE = 99.99
@@ -82,15 +84,14 @@ def _percentile_range(points: Points) -> tuple[float, float]:
     return min(low, 0.0), max(high, 0.0)
 
 
-def search_linear_input(
-    rows: Rows, weights: Sequence[Array], bits: int, method: RangeMethod, *, two_regions: bool, seed: int
-) -> ActivationQuantizer:
-    """The input quantizer of the Linears that read one value.
+def linear_input_search(
+    rows: Rows, weights: Sequence[Array], method: RangeMethod, *, two_regions: bool, seed: int
+) -> Search:
+    """The search for the input quantizer of the Linears that read one value.
 
     Args:
         rows: samples of the value, [n, K].
         weights: W [K, N] of each reader.
-        bits: 2..8.
         method: how to choose.
         two_regions: whether OPT-m is tried.
         seed: of the choice of elements.
@@ -103,7 +104,7 @@ def search_linear_input(
         error = (fake_quantize(quantizer, rows.rows) - rows.rows) * root
         return float(np.square(error @ factor).sum())
 
-    return search_quantizer(points, bits, method, two_regions=two_regions, output_error=output_error)
+    return lambda bits: search_quantizer(points, bits, method, two_regions=two_regions, output_error=output_error)
 
 
 def output_factor(weights: Sequence[Array]) -> Array:
@@ -115,10 +116,8 @@ def output_factor(weights: Sequence[Array]) -> Array:
     return factor
 
 
-def search_attention(
-    site: str, slices: Slices, bits: int, method: RangeMethod, *, two_regions: bool, seed: int
-) -> AttentionPlan:
-    """The four operand quantizers of one attention; two regions are tried for the probabilities only."""
+def attention_searches(slices: Slices, method: RangeMethod, *, two_regions: bool, seed: int) -> Mapping[str, Search]:
+    """The searches for q, k, p and v of one attention; two regions are tried for the probabilities (p) only."""
     q, k, p, v = slices.q, slices.k, slices.p, slices.v
     row_scale = 1 / p.sum(axis=-1, keepdims=True)  # 1, or r where p is E: probabilities sum to 1
     k_centred = k - k.mean(axis=1, keepdims=True)
@@ -140,14 +139,13 @@ def search_attention(
     def v_error(quantizer: ActivationQuantizer) -> float:
         return float(np.square(np.matmul(p, fake_quantize(quantizer, v) - v) * row_scale).sum())
 
-    def search(values: Array, error: OutputError, allowed: bool) -> ActivationQuantizer:
+    def search(values: Array, error: OutputError, allowed: bool) -> Search:
         points = points_of(values, None, float(values.min()), float(values.max()), seed)
-        return search_quantizer(points, bits, method, two_regions=allowed, output_error=error)
+        return lambda bits: search_quantizer(points, bits, method, two_regions=allowed, output_error=error)
 
-    return AttentionPlan(
-        site=site,
-        q=search(q, q_error, False),
-        k=search(k, k_error, False),
-        p=search(p, p_error, two_regions),
-        v=search(v, v_error, False),
-    )
+    return {
+        "q": search(q, q_error, False),
+        "k": search(k, k_error, False),
+        "p": search(p, p_error, two_regions),
+        "v": search(v, v_error, False),
+    }

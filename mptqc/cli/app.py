@@ -31,6 +31,9 @@ COMMANDS = {
     "apply": LazyCommand(
         "mptqc.cli.apply", "apply", "Rebuild a compiled model from a plan, with no data, byte for byte."
     ),
+    "pareto": LazyCommand(
+        "mptqc.cli.pareto", "pareto", "Write the accuracy/size curve that a search for bits passed: CSV, JSON, PNG."
+    ),
     "lower": LazyCommand(
         "mptqc.cli.lower", "lower", "Rewrite a compiled portable file with faster operators, without the float model."
     ),

@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from mptqc import api
+from mptqc.analysis.pareto import path_points
 from mptqc.cli.lower import echo_lowering
-from mptqc.cli.options import MeanOption, PreprocessOption, StdOption, parse_floats
+from mptqc.cli.options import MeanOption, PreprocessOption, StdOption, parse_bytes, parse_floats
+from mptqc.cli.pareto import describe_point
 from mptqc.cli.progress import progress
 from mptqc.errors import RecipeError
 from mptqc.recipe import Target
@@ -70,6 +72,43 @@ def compile(
             "--compensation/--no-compensation", help="Ridge, GPTQ and bias refit, Linear by Linear (default: on)."
         ),
     ] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option("--average-bits", help="Allocate bits: weights and activations average no more, ends included."),
+    ] = None,
+    average_weight_bits: Annotated[
+        float | None, typer.Option("--average-weight-bits", help="The same for weights alone.")
+    ] = None,
+    average_activation_bits: Annotated[
+        float | None, typer.Option("--average-activation-bits", help="The same for activations alone.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option("--max-bytes", help="Allocate weight bits: the file takes no more, as in 12MB.")
+    ] = None,
+    max_bops: Annotated[
+        float | None, typer.Option("--max-bops", help="Allocate bits: no more bit operations an image, as in 4e10.")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-accuracy-drop",
+            help="Allocate weight bits: the smallest file found that loses no more, as in 0.01, of top-1 on labelled "
+            "calibration images, else of agreement with float.",
+        ),
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option("--max-latency", help="Refused: bits do not change the speed of any target.")
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option("--allocator", help="greedy, greedy-in-place or exact (needs scipy) (default: greedy)."),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option("--executor", help="Where allocation measures: in-process, processes:N, dask://host:port.")
+    ] = "in-process",
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="A file from which an interrupted allocation goes on.")
+    ] = None,
     plan_out: Annotated[
         Path | None, typer.Option("--plan-out", help="Write the plan too: PLAN.json and PLAN.safetensors.")
     ] = None,
@@ -88,6 +127,11 @@ def compile(
     Single options win over the recipe file, which wins over the preset. Without --preprocess, --mean or --std the
     preprocessing is the one in the model's metadata; what was used is stored in the compiled model.
     """
+    if max_latency is not None:
+        raise RecipeError(
+            f"--max-latency {max_latency} cannot be kept by choosing bits: products run on 8-bit integers at every "
+            "width, so bits change the size of the file, not its speed; choose --target cpu-native for speed"
+        )
     if output.resolve() == model.resolve():
         raise RecipeError(f"-o {output} is the model itself; give another file, the float model is needed again")
     if plan_out is not None and plan_out.suffix != ".json":
@@ -113,7 +157,17 @@ def compile(
         "opt_m": opt_m,
         "attention_folds": attention_folds,
         "compensation": compensation,
+        "allocator": allocator,
     }
+    limits: dict[str, float | None] = {
+        "average_bits": average_bits,
+        "average_weight_bits": average_weight_bits,
+        "average_activation_bits": average_activation_bits,
+        "max_bytes": parse_bytes(max_bytes, option="--max-bytes"),
+        "max_bops": max_bops,
+        "max_accuracy_drop": max_accuracy_drop,
+    }
+    budget = {name: limit for name, limit in limits.items() if limit is not None}
     with progress("compile") as report:
         result = api.compile(
             model,
@@ -124,12 +178,16 @@ def compile(
             mean=parse_floats(mean, option="--mean"),
             std=parse_floats(std, option="--std"),
             convert_fp16=convert_fp16,
-            options=options,
+            options={**options, "budget": budget or None},
+            executor=executor,
+            checkpoint=checkpoint,
             verify=verify,
             report=report,
         )
     result.save(output, plan_out)
     typer.echo(f"wrote {output}: {model.stat().st_size / 1e6:.2f} MB -> {output.stat().st_size / 1e6:.2f} MB")
+    if result.plan.path is not None:
+        typer.echo(describe_point(path_points(result.plan)[-1]))
     typer.echo(result.report.summary())
     for refusal in result.plan.refusals:
         typer.echo(f"left alone: {refusal.what} at {refusal.site}: {refusal.reason}")

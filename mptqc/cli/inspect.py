@@ -23,8 +23,8 @@ def inspect(
 
     JSON keys: target; layers: site, kind, operand, weight_bits, activation_bits, scale, zero_point, quantizer, m,
     split, low_codes, alpha, weight_bytes, exponents; totals: integer_linears, integer_attentions, quantized_tensors,
-    float_linears, average_weight_bits, average_activation_bits, weight_bytes, other_bytes, file_bytes. null where a
-    layer has no such figure.
+    float_linears, average_weight_bits, average_activation_bits, weight_bytes, other_bytes, file_bytes, budget_bytes.
+    null where there is no such figure.
     """
     inspection = inspect_model(model)
     if as_json:
@@ -65,7 +65,8 @@ def _totals_table(inspection: Inspection) -> Table:
     table = Table("total", "value", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, value in dataclasses.asdict(inspection.totals).items():
-        table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
     table.add_row("target", inspection.target)
     return table
 

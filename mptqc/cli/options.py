@@ -1,5 +1,6 @@
 """Options that several commands share, and how their text is read."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -19,6 +20,21 @@ MeanOption = Annotated[
 ]
 StdOption = Annotated[str | None, typer.Option("--std", help="Divides after the mean, as in 0.229,0.224,0.225.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def parse_bytes(text: str | None, *, option: str) -> int | None:
+    """Read a size such as 12MB, 11.5MiB or 800000; None stays None.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?)(i?)B?", text.strip())
+    if found is None:
+        raise RecipeError(f"{option} {text} is no size; write it as {option} 12MB, {option} 11.5MiB or in bytes")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** "_KMG".index(prefix.upper() or "_"))
 
 
 def parse_floats(text: str | None, *, option: str) -> tuple[float, ...] | None:

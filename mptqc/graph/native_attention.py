@@ -25,8 +25,8 @@ class AttentionPattern:
     """Both products of an attention, from the codes of q, k and v to `targets`, where the heads lie side by side.
 
     `added` are what is added to the scores, [W, 1 or H, 1 or T, S] each; `output` quantizes the context, if all
-    that reads it is quantized alike. `row_scale`: the probabilities are quantized relative to their row's largest, which
-    `result` gives back to the context; else `result` is the second product's output.
+    that reads it is quantized alike. `row_scale`: the probabilities are quantized relative to their row's largest,
+    which `result` gives back to the context; else `result` is the second product's output.
     """
 
     scores: IntegerProduct

@@ -149,7 +149,7 @@ def match_patches(product: IntegerProduct, shapes: Batches) -> PatchesPattern | 
 
 @dataclass(frozen=True)
 class LinearPattern:
-    """A Linear and what follows it: GELU, then (scaled by `multiplier` [N]) a quantizer, or the Add of a residual stream.
+    """A Linear and what follows it: GELU, then a quantizer (behind `multiplier` [N]) or the Add of a residual stream.
 
     `residual` is the Add and the index of its other input; `rows` as `Linear` takes it, [1] if no row moves; `output`
     is what the operator gives.

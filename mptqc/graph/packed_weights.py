@@ -5,12 +5,15 @@ planes uint8 -> Cast -> Gather(table) -> (Slice ->) Reshape, summed over the pla
 See `mptqc.reference.packing` for the layout.
 """
 
+from functools import cache
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.graph.edit import Builder, add_initializer
-from mptqc.reference.packing import Plane, pack, planes_of
+from mptqc.reference.packing import MAX_BITS, Plane, pack, packed_bytes, planes_of
 
 
 def emit_packed(codes: NDArray[np.int8], bits: int, build: Builder) -> ir.Value:
@@ -42,6 +45,41 @@ def _cut(part: ir.Value, size: int, label: str, build: Builder) -> ir.Value:
     flat = build.op("Reshape", [part, build.constant(f"{label}_flat", np.array([-1], np.int64))], name=f"{label}_flat")
     bounds = [build.constant(f"{label}_{name}", np.array([at], np.int64)) for name, at in (("start", 0), ("end", size))]
     return build.op("Slice", [flat, *bounds], name=f"{label}_cut")
+
+
+@cache
+def unpacking_bytes(bits: int) -> int:
+    """Bytes that the ops and names take which widen one weight of so many bits, its tables apart."""
+    if bits == MAX_BITS:
+        return 0
+    return _bytes_of_packed(bits, 2) - _bytes_of_packed(bits, 1) - packed_bytes(_TYPICAL.size, bits)
+
+
+@cache
+def table_bytes(plane: Plane) -> int:
+    """Bytes that the table of a plane takes in a file, once for all weights."""
+    graph = ir.Graph([], [], nodes=[], name="tables")
+    value = _table(graph, plane)
+    assert value.const_value is not None
+    return _size(ir.to_proto(value.const_value))
+
+
+_TYPICAL = np.zeros((8, 8), np.int8)
+
+
+def _bytes_of_packed(bits: int, weights: int) -> int:
+    """Bytes of a model that holds so many packed weights."""
+    inputs = [ir.val(f"x{number}", dtype=ir.DataType.INT8, shape=_TYPICAL.shape) for number in range(weights)]
+    nodes = [ir.node("Identity", [value]) for value in inputs]
+    graph = ir.Graph(inputs, [node.outputs[0] for node in nodes], nodes=nodes, opset_imports={"": 21}, name="packed")
+    for number, node in enumerate(nodes):
+        node.replace_input_with(0, emit_packed(_TYPICAL, bits, Builder(node, f"block{number:02}.proj/unpack")))
+    return _size(ir.to_proto(ir.Model(graph, ir_version=10)))
+
+
+def _size(proto: onnx.TensorProto | onnx.ModelProto) -> int:
+    serialized: bytes = proto.SerializeToString()  # type: ignore[no-untyped-call] # protobuf has no types
+    return len(serialized)
 
 
 def _table(graph: ir.Graph, plane: Plane) -> ir.Value:

@@ -174,6 +174,6 @@ def _lowest(x: ir.Value | None) -> float | None:
     if node.op_type == "Div":
         return lowest if producer(node.inputs[1], "ReduceMax") is not None and lowest == 0 else None
     factor = constant_of(node.inputs[1])
-    if lowest is None or factor is None or not (factor > 0).all():
+    if lowest is None or factor is None or not (factor.astype(np.float32) > 0).all():
         return None
     return lowest * float(factor.max())

@@ -131,12 +131,12 @@ def _attention(attributes: Attributes, inputs: Sequence[Array | None], slack: fl
     up, down = np.maximum(value, 0), np.minimum(value, 0)
     scale = np.float32(quantizer.scale) * np.float32(scales.v_scale)
     sums = (context_sums(low, up) + context_sums(high, down), context_sums(high, up) + context_sums(low, down))
-    low, high = (total.astype(np.float32) * scale for total in sums)
+    least, most = (total.astype(np.float32) * scale for total in sums)
     if largest is None:
-        return low, high
+        return least, most
     rows = by_context(largest, v.shape[2])
     ends = [
-        bound * rows * np.float32(1 + sign * slack * SOFTMAX_TOLERANCE) for bound in (low, high) for sign in (-1, 1)
+        bound * rows * np.float32(1 + sign * slack * SOFTMAX_TOLERANCE) for bound in (least, most) for sign in (-1, 1)
     ]
     return np.minimum(ends[0], ends[1]), np.maximum(ends[2], ends[3])
 

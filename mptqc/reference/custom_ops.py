@@ -33,7 +33,10 @@ LAYER_NORM_TOLERANCE = 2.0**-17
 GELU_TOLERANCE = 2.0**-19
 """Relative to max(1, |x|)."""
 SOFTMAX_TOLERANCE = 2.0**-18
-"""Of a probability p, or of p over its row's largest, and of that largest. Relative to max(p, 2^−20): a larger p has a score within 14 of the row's largest, which float32 rounds to 2^−20."""
+"""Of a probability p, or of p over its row's largest, and of that largest.
+
+Relative to max(p, 2^−20): a larger p has a score within 14 of the row's largest, which float32 rounds to 2^−20.
+"""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def linear(
 ) -> NDArray[np.float32]:
     """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (+ residual), each step rounded to float32.
 
-    a [.., K], weight [K, N] (not blocked); weight_scale, bias and multiplier [N]; float32, the residual's shape or [.., N].
+    a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]. float32, the residual's shape or
+    [.., N].
     `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
     """
     accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53

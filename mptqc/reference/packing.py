@@ -79,6 +79,11 @@ def pack(codes: NDArray[np.int8], bits: int) -> list[NDArray[np.uint8]]:
     return packed
 
 
+def packed_bytes(size: int, bits: int) -> int:
+    """Bytes of so many codes: k/8 each, every plane rounded up to whole bytes."""
+    return sum(-(-size * plane.width // 8) for plane in planes_of(bits))
+
+
 def unpack(packed: Sequence[NDArray[np.uint8]], bits: int, shape: Sequence[int]) -> NDArray[np.int8]:
     """The codes of `pack`, int8, `shape`.
 

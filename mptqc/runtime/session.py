@@ -63,6 +63,7 @@ def create_session(
     graph_optimization: bool = True,
     optimized_path: Path | None = None,
     profile_prefix: Path | None = None,
+    keep_memory: bool = True,
 ) -> Session:
     """Make a session whose numbers depend on nothing but the model, its inputs and the named provider.
 
@@ -74,6 +75,7 @@ def create_session(
         optimized_path: where ONNX Runtime writes the graph it really runs; its weights go to a file beside it.
         profile_prefix: how the file begins into which ONNX Runtime writes the time of every operator; `end_profiling`
             of the session closes it and returns its name.
+        keep_memory: whether the session holds on to the memory of its largest run; False where many live side by side.
 
     Raises:
         ProviderError: the provider is unknown or cannot start here, or the kernel library does not work.
@@ -88,6 +90,7 @@ def create_session(
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+    options.enable_cpu_mem_arena = keep_memory
     if _names_custom_ops(source):
         _register_kernels(options)
     if provider == "cuda":

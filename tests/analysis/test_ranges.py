@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from mptqc.analysis.candidates import element_error, points_of, uniform
 from mptqc.analysis.observe import Rows, Slices
-from mptqc.analysis.ranges import output_factor, search_attention, search_linear_input, search_quantizer
+from mptqc.analysis.ranges import attention_searches, linear_input_search, output_factor, search_quantizer
 from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
 from mptqc.recipe import RangeMethod
 from mptqc.reference.quantizers import fake_quantize
@@ -46,7 +46,7 @@ def test_the_search_by_output_is_never_worse_than_min_max(seed, bits, two_region
     random = np.random.default_rng(seed)
     rows = rows_of(random.standard_t(3, size=(100, 8)) * 10 ** random.uniform(-1, 1, 8), random.uniform(1, 50, 100))
     weights = [random.normal(size=(8, width)).astype(np.float32) for width in (3, 12)]
-    found = search_linear_input(rows, weights, bits, RangeMethod.OUTPUT, two_regions=two_regions, seed=0)
+    found = linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=two_regions, seed=0)(bits)
     assert linear_error(found, rows, weights) <= linear_error(min_max(rows, bits), rows, weights) * ROUNDING
 
 
@@ -67,7 +67,7 @@ def test_a_long_tail_gets_two_regions_and_gains(bits):
     rows = rows_of(long_tailed(1))
     weights = [np.random.default_rng(2).normal(size=(12, 12)).astype(np.float32)]
     plain, two = (
-        search_linear_input(rows, weights, bits, RangeMethod.OUTPUT, two_regions=allowed, seed=0)
+        linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=allowed, seed=0)(bits)
         for allowed in (False, True)
     )
     assert isinstance(plain, Uniform)
@@ -79,7 +79,7 @@ def test_a_long_tail_gets_two_regions_and_gains(bits):
 def test_even_data_stays_uniform():
     rows = rows_of(np.random.default_rng(0).uniform(0, 1, (300, 8)))
     weights = [np.eye(8, dtype=np.float32)]
-    found = search_linear_input(rows, weights, 4, RangeMethod.OUTPUT, two_regions=True, seed=0)
+    found = linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=True, seed=0)(4)
     assert isinstance(found, Uniform)
 
 
@@ -89,7 +89,7 @@ def test_the_output_decides_not_the_elements():
     values[:, 1] *= 6
     rows, blind = rows_of(values), np.array([[1.0], [0.0]], np.float32)
     by_output, by_element = (
-        search_linear_input(rows, [blind], 4, method, two_regions=False, seed=0)
+        linear_input_search(rows, [blind], method, two_regions=False, seed=0)(4)
         for method in (RangeMethod.OUTPUT, RangeMethod.MSE)
     )
     assert by_output.scale < by_element.scale / 2
@@ -97,7 +97,7 @@ def test_the_output_decides_not_the_elements():
 
 def test_min_max_spans_all_the_data_not_only_the_sample():
     rows = Rows(np.ones((4, 2), np.float32), np.ones(4, np.float32), np.array([-3.0, 0]), np.array([1.0, 12.0]))
-    found = search_linear_input(rows, [np.eye(2, dtype=np.float32)], 8, RangeMethod.MIN_MAX, two_regions=False, seed=0)
+    found = linear_input_search(rows, [np.eye(2, dtype=np.float32)], RangeMethod.MIN_MAX, two_regions=False, seed=0)(8)
     assert found == uniform(8, -3.0, 12.0)
 
 
@@ -112,14 +112,14 @@ def test_percentile_leaves_the_outermost_values_out():
 @pytest.mark.parametrize("method", RangeMethod)
 def test_without_opt_m_every_method_stays_uniform(method):
     rows = rows_of(long_tailed(1))
-    found = search_linear_input(rows, [np.eye(12, dtype=np.float32)], 4, method, two_regions=False, seed=0)
+    found = linear_input_search(rows, [np.eye(12, dtype=np.float32)], method, two_regions=False, seed=0)(4)
     assert isinstance(found, Uniform)
     assert found.bits == 4
 
 
 def test_the_same_seed_finds_the_same():
     rows, weights = rows_of(long_tailed(1)), [np.eye(12, dtype=np.float32)]
-    one, two = (search_linear_input(rows, weights, 4, RangeMethod.OUTPUT, two_regions=True, seed=3) for _ in range(2))
+    one, two = (linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=True, seed=3)(4) for _ in range(2))
     assert one == two
 
 
@@ -128,9 +128,9 @@ def test_rows_that_stand_for_many_count_more():
     heavy = np.concatenate([np.ones(200), [1000]])
     light = np.concatenate([np.ones(200), [1e-3]])
     scales = [
-        search_linear_input(
-            rows_of(values, weights), [np.ones((1, 1), np.float32)], 4, RangeMethod.OUTPUT, two_regions=False, seed=0
-        ).scale
+        linear_input_search(
+            rows_of(values, weights), [np.ones((1, 1), np.float32)], RangeMethod.OUTPUT, two_regions=False, seed=0
+        )(4).scale
         for weights in (heavy, light)
     ]
     assert scales[0] > 3 * scales[1]
@@ -177,27 +177,26 @@ def product_errors(letter: str, quantizer: ActivationQuantizer, slices: Slices) 
 @given(SEEDS, st.integers(3, 8))
 def test_every_operand_is_no_worse_than_min_max_in_its_product(seed, bits):
     slices = slices_of(seed)
-    found = search_attention("a", slices, bits, RangeMethod.OUTPUT, two_regions=True, seed=0)
+    searches = attention_searches(slices, RangeMethod.OUTPUT, two_regions=True, seed=0)
     for letter in "qkpv":
         values = getattr(slices, letter)
         full = uniform(bits, min(float(values.min()), 0.0), max(float(values.max()), 0.0))
         # The searches of q and k expand the square (eHe): cancellation costs some digits more.
         limit = product_errors(letter, full, slices) * (1 + 1e-4)
-        assert product_errors(letter, getattr(found, letter), slices) <= limit, letter
+        assert product_errors(letter, searches[letter](bits), slices) <= limit, letter
 
 
 def test_only_probabilities_may_have_two_regions():
-    found = search_attention("a", slices_of(0), 4, RangeMethod.OUTPUT, two_regions=True, seed=0)
-    assert found.site == "a"
-    assert isinstance(found.p, TwoRegion)
-    assert all(isinstance(one, Uniform) for one in (found.q, found.k, found.v))
-    plain = search_attention("a", slices_of(0), 4, RangeMethod.OUTPUT, two_regions=False, seed=0)
-    assert isinstance(plain.p, Uniform)
+    searches = attention_searches(slices_of(0), RangeMethod.OUTPUT, two_regions=True, seed=0)
+    assert isinstance(searches["p"](4), TwoRegion)
+    assert all(isinstance(searches[letter](4), Uniform) for letter in "qkv")
+    plain = attention_searches(slices_of(0), RangeMethod.OUTPUT, two_regions=False, seed=0)
+    assert isinstance(plain["p"](4), Uniform)
 
 
 def test_what_softmax_cannot_see_does_not_count():
     """A constant added to all keys changes each row of scores by a constant, so k's quantizer answers for the rest."""
     slices = slices_of(0)
     keys = Slices(slices.q, slices.k * np.float32(0.01) + np.float32(0.5), slices.p, slices.v, slices.heads)
-    found = search_attention("a", keys, 8, RangeMethod.OUTPUT, two_regions=False, seed=0)
-    assert product_errors("k", found.k, keys) < product_errors("k", uniform(8, 0.0, float(keys.k.max())), keys) * 1.0001
+    found = attention_searches(keys, RangeMethod.OUTPUT, two_regions=False, seed=0)["k"](8)
+    assert product_errors("k", found, keys) < product_errors("k", uniform(8, 0.0, float(keys.k.max())), keys) * 1.0001

@@ -82,9 +82,9 @@ class CompileZoo:
         self._calibration = calibration
         self._made: dict[tuple[object, ...], File] = {}
 
-    def __call__(self, model: str, preset: str, **options: object) -> File:
+    def __call__(self, model: str, preset: str | None, **options: object) -> File:
         """Compile a zoo model."""
-        key = (model, preset, *sorted(options.items()))
+        key = (model, preset, repr(sorted(options.items())))
         if key not in self._made:
             recipe = make_recipe(preset, options=options)
             preprocess = load_preprocessing(ZOO / "preprocess.json").to_json()

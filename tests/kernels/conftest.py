@@ -153,7 +153,8 @@ class Kernels:
         return checked(output)
 
     def attention(
-        self, q, k, v, heads, scales: AttentionScales, p_quantizer, bias=None, mask=None, quantizer=None, row_scale=False
+        self, q, k, v, heads, scales: AttentionScales, p_quantizer, bias=None, mask=None, quantizer=None,
+        row_scale=False,
     ):  # fmt: skip
         batch, rows, total = q.shape
         columns, value_total = v.shape[1:]
@@ -167,7 +168,8 @@ class Kernels:
             batch, heads, rows, columns, total // heads, value_total // heads, q.ctypes.data, k.ctypes.data,
             v.ctypes.data, scales.q_zero_point, scales.k_zero_point, scales.v_zero_point,
             float(np.float32(scales.q_scale) * np.float32(scales.k_scale)),
-            float(np.float32(p_quantizer.scale) * np.float32(scales.v_scale)), *addends, int(row_scale), c_quantizer(p_quantizer),
+            float(np.float32(p_quantizer.scale) * np.float32(scales.v_scale)), *addends, int(row_scale),
+            c_quantizer(p_quantizer),
             None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), address(output),
         )  # fmt: skip
         self.run("attention", arguments)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from mptqc.reference.packing import pack, planes_of, unpack
+from mptqc.reference.packing import pack, packed_bytes, planes_of, unpack
 
 
 @st.composite
@@ -64,3 +64,9 @@ def test_bits_out_of_range_are_refused(bits: int) -> None:
 def test_planes_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="do not hold 9 codes"):
         unpack(pack(np.zeros(6, np.int8), 4), 4, (3, 3))
+
+
+@given(st.integers(2, 8), st.integers(1, 100))
+def test_bytes_are_those_of_the_planes(bits, size):
+    planes = pack(np.zeros(size, np.int8), bits)
+    assert packed_bytes(size, bits) == sum(plane.size for plane in planes)
