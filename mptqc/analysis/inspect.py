@@ -64,7 +64,8 @@ class Totals:
         quantized_tensors: tensors that are no operands and yet quantized.
         float_linears: Linears that the plan leaves float.
         average_weight_bits: over all weights of integer Linears.
-        average_activation_bits: over the elements of all quantized activations.
+        average_activation_bits: over the elements of all quantized activations; with full coverage over operands and
+            tensors, each counted once.
         budget_bytes: what the budget's arithmetic says the file takes; None where no bits were searched.
         weight_bytes: codes of all integer Linears.
         other_bytes: everything else in the file: scales, biases, float weights, the graph.
@@ -128,7 +129,12 @@ def inspect_model(path: Path) -> Inspection:
 
 
 def _average_activation_bits(rows: Sequence[OperandRow], plan: QuantPlan) -> float:
-    """Each activation counts once, by its elements, however many Linears read it."""
+    """Each activation counts once, by its elements, however many Linears read it.
+
+    A plan with tensors of full coverage, or one that knows no elements, is averaged over its operands and tensors.
+    """
+    if plan.tensors or not plan.elements:
+        return sum(row.activation_bits for row in rows) / max(len(rows), 1)
     bits = {f"{row.site}/{row.operand}": row.activation_bits for row in rows}
     return average_of(plan.elements, bits, Kind.ACTIVATION)
 

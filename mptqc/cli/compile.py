@@ -66,6 +66,14 @@ def compile(
         bool | None,
         typer.Option("--attention-folds/--no-attention-folds", help="Shifts and scales of q, k, v (default: on)."),
     ] = None,
+    row_scale: Annotated[
+        bool | None,
+        typer.Option("--row-scale/--no-row-scale", help="A scale for each row of probabilities (default: off)."),
+    ] = None,
+    gelu_folds: Annotated[
+        bool | None,
+        typer.Option("--gelu-folds/--no-gelu-folds", help="A scale per channel between GELU and fc2 (default: off)."),
+    ] = None,
     compensation: Annotated[
         bool | None,
         typer.Option(
@@ -156,6 +164,8 @@ def compile(
         "smoothing": smoothing,
         "opt_m": opt_m,
         "attention_folds": attention_folds,
+        "row_scale": row_scale,
+        "gelu_folds": gelu_folds,
         "compensation": compensation,
         "allocator": allocator,
     }
