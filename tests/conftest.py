@@ -8,6 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mptqc.analysis.bit_variables import find_variables
+from mptqc.analysis.shapes import concrete_shapes
 from mptqc.graph.match import SITE_KEY, find_linears
 from mptqc.passes.base import STAGE_KEY, Stage
 from mptqc.plan import (
@@ -148,6 +150,7 @@ def block_plan(block: Callable[[], ir.Model]) -> Callable[..., QuantPlan]:
             norm_folds=(NormFold(site="block00.norm1", alpha=0.85),),
             layers=layers,
             attentions=(attention,),
+            elements={one.name: one.elements for one in find_variables(model, concrete_shapes(model), Recipe())},
             arrays=arrays,
         )
 

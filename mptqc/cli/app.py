@@ -34,7 +34,9 @@ COMMANDS = {
         "Rebuild a compiled model from a plan, with no data, byte for byte; or another point of its path (--at).",
     ),
     "pareto": LazyCommand(
-        "mptqc.cli.pareto", "pareto", "Write the accuracy/size curve that a search for bits passed: CSV, JSON, PNG."
+        "mptqc.cli.pareto",
+        "pareto",
+        "Write the accuracy/size curve that a search for bits passed; `mptqc apply --at` emits any point of it.",
     ),
     "lower": LazyCommand(
         "mptqc.cli.lower", "lower", "Rewrite a compiled portable file with faster operators, without the float model."

@@ -21,7 +21,7 @@ def pareto(
     plan: Annotated[Path, typer.Argument(help="A plan that `mptqc compile` wrote with a budget (.json).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for pareto.csv, pareto.json, pareto.png.")],
 ) -> None:
-    """Write every point that the search for bits passed: size, average bits, loss; `mptqc apply --at` emits any.
+    """Write the accuracy/size curve that a search for bits passed; `mptqc apply --at` emits any point of it.
 
     JSON and CSV keys, one row a point: step, variable, bits, average_weight_bits, average_activation_bits, bytes, loss,
     accuracy. null or empty where a point was not measured.

@@ -43,6 +43,7 @@ def test_json_has_the_documented_keys(compiled_path: Path, capsys: pytest.Captur
     assert set(shown["totals"]) == {
         *("integer_linears", "integer_attentions", "quantized_tensors", "float_linears"),
         *("average_weight_bits", "average_activation_bits", "weight_bytes", "other_bytes", "file_bytes"),
+        "budget_bytes",
     }
 
 
