@@ -41,6 +41,7 @@ from mptqc.passes.stamp_sites import StampSites
 from mptqc.passes.unfold_patches import UnfoldPatches
 from mptqc.plan import PLAN_KEY, QuantPlan
 from mptqc.recipe import Recipe, Target
+from mptqc.runtime.session import PROVIDER_KEY
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,10 @@ def lower(model: ir.Model, target: Target) -> None:
             return
         case Target.CPU:
             LowerToCpu()(model)
-        case Target.CPU_NATIVE:
+        case Target.CPU_NATIVE | Target.CUDA:
             LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
+    if target is Target.CUDA:
+        model.metadata_props[PROVIDER_KEY] = "cuda"
 
 
 def lower_compiled(path: Path, target: Target) -> Compiled:

@@ -13,7 +13,7 @@ from mptqc.reference.custom_ops import AttentionScales, CodeQuantizer, block_wei
 
 ROOT = Path(__file__).parents[1]
 EMULATED = ROOT / "tests/kernels/emulated"
-EMULATOR_OPTIONS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
+EMULATOR_OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 GUARD_BYTES, GUARD = 256, 0xA5
 OK, INVALID_ARGUMENT = 0, 1

@@ -147,7 +147,7 @@ struct AttentionBlock {
 
   MPTQC_DEVICE const float* addend_row(const mptqc_addend& added, int64_t row) const {
     if (added.data == nullptr) return nullptr;
-    const int64_t h = added.heads == 1 ? 0 : head, t = added.rows == 1 ? 0 : least(row, a().rows - 1);
+    const int64_t h = added.heads == 1 ? 0 : head, t = added.rows == 1 ? 0 : row < a().rows ? row : 0;
     return added.data + ((batch % added.windows * added.heads + h) * added.rows + t) * a().columns;
   }
 
@@ -157,11 +157,14 @@ struct AttentionBlock {
                            const Addends& added, int64_t part, int column) const {
     int32_t sums[kSpanProducts][4] = {};
     const uint8_t* keys = shared + p.layout.keys;
-    MPTQC_UNROLL
     for (int step = 0; step < steps(); ++step) {
-      uint32_t loaded[4];
-      if constexpr (kSteps == 0) load_left(loaded, step);
-      const uint32_t(&query)[4] = kSteps == 0 ? loaded : left[kSteps == 0 ? 0 : step];
+      uint32_t query[4];
+      if constexpr (kSteps == 0) {
+        load_left(query, step);
+      } else {
+        MPTQC_UNROLL
+        for (int i = 0; i < 4; ++i) query[i] = left[step][i];
+      }
       MPTQC_UNROLL
       for (int pair = 0; pair < kSpanProducts / 2; ++pair) {
         uint32_t key[4];
@@ -342,7 +345,7 @@ struct AttentionBlock {
 };
 
 template <int kSteps, int kSpans>
-MPTQC_KERNEL(kThreads, kSteps == 0 ? 2 : 4)
+MPTQC_KERNEL(kThreads, kSteps == 0 ? 2 : 3)
 attention(const AttentionParameters p) {
   const int64_t down = (p.a.rows + kBlockRows - 1) / kBlockRows;
   const int64_t across = (p.a.value_width + kSpans * kSpan - 1) / (kSpans * kSpan);

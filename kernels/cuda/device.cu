@@ -1,4 +1,5 @@
 #include "device.h"
+#include "memory.h"
 
 namespace mptqc {
 namespace {
@@ -18,6 +19,17 @@ int multiprocessors() {
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
   return count;
+}
+
+void* allocate_device_memory(size_t bytes) {
+  void* memory = nullptr;
+  return cudaMalloc(&memory, bytes) == cudaSuccess ? memory : nullptr;
+}
+
+void free_device_memory(void* memory) { cudaFree(memory); }
+
+bool copy_memory(void* to, const void* from, size_t bytes) {
+  return cudaMemcpy(to, from, bytes, cudaMemcpyDefault) == cudaSuccess;
 }
 
 }  // namespace mptqc

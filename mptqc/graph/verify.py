@@ -20,6 +20,7 @@ _ALLOWED_DOMAINS = {
     Target.PORTABLE: {""},
     Target.CPU: {"", LOWERED_DOMAIN},
     Target.CPU_NATIVE: {"", DOMAIN},
+    Target.CUDA: {"", DOMAIN},
 }
 # Protocol buffers stop at 2 GiB, and so does the checker when it is given a model in memory.
 _CHECKER_BYTES = 1_900_000_000

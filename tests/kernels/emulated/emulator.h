@@ -3,6 +3,7 @@
 // memory begins as garbage, copies in the background arrive only when they are waited for, threads run in any order.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -52,7 +53,9 @@ struct Warp {
 
 struct Fiber {
   static constexpr size_t kStackBytes = 256 * 1024;
-  ucontext_t context;
+  ucontext_t context;  // where it begins; from then on `place` says where it goes on, which costs no system call
+  jmp_buf place;
+  bool started = false;
   std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
   int index = 0;
   bool done = false;
@@ -68,7 +71,7 @@ struct Block {
   uint8_t* shared = nullptr;
   size_t shared_bytes = 0;
   Meeting meeting;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* running = nullptr;
   bool progressed = false;
   const std::function<void()>* body = nullptr;
@@ -81,7 +84,18 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 
-inline void pause() { swapcontext(&block->running->context, &block->scheduler); }
+inline void pause() {
+  if (_setjmp(block->running->place) == 0) _longjmp(block->scheduler, 1);
+}
+
+// Lets a fiber run until it pauses or ends.
+inline __attribute__((noinline)) void resume(Fiber& fiber) {
+  block->running = &fiber;
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
 
 inline void meet(Meeting& meeting, int expected) {
   const unsigned mine = meeting.generation;
@@ -139,7 +153,8 @@ inline void run(Block& shared, int threads) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
-    fiber.context.uc_link = &shared.scheduler;
+    fiber.context.uc_link = nullptr;
+    fiber.started = false;
     makecontext(&fiber.context, enter, 0);
   }
   for (int round = 0, left = threads; left > 0; ++round) {
@@ -147,8 +162,7 @@ inline void run(Block& shared, int threads) {
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = shared.fibers[(round % 2 == 0 ? i : threads - 1 - i)];
       if (fiber.done) continue;
-      shared.running = &fiber;
-      swapcontext(&shared.scheduler, &fiber.context);
+      resume(fiber);
       if (fiber.done) --left;
     }
     require(shared.progressed || left == 0, "threads wait for each other for ever");
