@@ -155,9 +155,7 @@ def test_quantizer_rounds_as_a_division_does(kernels, quantizer):
     steps = np.arange(-1200, 1200).astype(np.float32) * np.float32(quantizer.scale) / 4
     edges = np.array([0, -0.0, np.inf, -np.inf, 3e38, -3e38, 1e-40, -1e-40], np.float32)
     random = floats(np.random.default_rng(3), 20_000) * 5
-    x = np.concatenate(
-        [steps, np.nextafter(steps, np.float32(9)), np.nextafter(steps, np.float32(-9)), edges, random]
-    )
+    x = np.concatenate([steps, np.nextafter(steps, np.float32(9)), np.nextafter(steps, np.float32(-9)), edges, random])
     with np.errstate(over="ignore"):
         expected = ops.quantize_codes(quantizer, x)
     assert np.array_equal(of_bias(kernels, x, quantizer=quantizer), expected)
@@ -242,7 +240,8 @@ def test_attention_takes_arrays_at_any_address(kernels, shift):
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize(
-    "shape", [(0, 3, 8, 8, 4, 4), (1, 1, 1, 1, 1, 1), (2, 3, 14, 51, 7, 17), (1, 3, 32, 48, 16, 16), (2, 1, 8, 12, 4, 6)]
+    "shape",
+    [(0, 3, 8, 8, 4, 4), (1, 1, 1, 1, 1, 1), (2, 3, 14, 51, 7, 17), (1, 3, 32, 48, 16, 16), (2, 1, 8, 12, 4, 6)],
 )
 def test_patches(kernels, shift, shape):
     *image, patch_height, patch_width = shape

@@ -40,7 +40,9 @@ def with_provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_cpu_refuses_a_model_for_cuda(cuda_model: bytes, tmp_path: Path):
     (tmp_path / "m.onnx").write_bytes(cuda_model)
     for model in (cuda_model, tmp_path / "m.onnx"):
-        with pytest.raises(ProviderError, match=r"compiled for provider 'cuda' and is not run on 'cpu'.*--provider cuda"):
+        with pytest.raises(
+            ProviderError, match=r"compiled for provider 'cuda' and is not run on 'cpu'.*--provider cuda"
+        ):
             create_session(model)
 
 
@@ -52,7 +54,9 @@ def test_without_the_provider_the_fix_is_named(cuda_model: bytes, monkeypatch: p
 
 @pytest.mark.usefixtures("with_provider")
 def test_without_the_library_the_fix_is_named(cuda_model: bytes):
-    with pytest.raises(ProviderError, match=r"needs mptqc's CUDA kernels.*MPTQC_CUDA=1 pip install.*MPTQC_CUDA_KERNELS"):
+    with pytest.raises(
+        ProviderError, match=r"needs mptqc's CUDA kernels.*MPTQC_CUDA=1 pip install.*MPTQC_CUDA_KERNELS"
+    ):
         create_session(cuda_model, provider="cuda")
 
 
