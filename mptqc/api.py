@@ -186,6 +186,9 @@ def _checked(compiled: Compiled, samples: Samples, *, verify: bool, report: Prog
     if verify and compiled.plan.recipe.target.is_native and find_library() is None:
         logger.warning("not verified: the kernel library is not there to run the model with; %s", HOW_TO_BUILD)
         verify = False
+    if verify and compiled.plan.recipe.target is Target.TENSORRT:
+        logger.warning("not verified: a model for TensorRT is checked as ONNX only, and was never run there")
+        verify = False
     if not verify:
         return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, None))
     report("verify", 0, 1)

@@ -22,6 +22,7 @@ from mptqc.errors import ModelError, PlanError, RecipeError
 from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.io import load_model, model_digest
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
+from mptqc.graph.verify import check_onnx
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
@@ -29,6 +30,7 @@ from mptqc.passes.fold_attention import FoldAttention
 from mptqc.passes.fold_smoothing import FoldSmoothing
 from mptqc.passes.lower_to_cpu import LowerToCpu
 from mptqc.passes.lower_to_native import LowerToNative
+from mptqc.passes.lower_to_tensorrt import LowerToTensorRt
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
@@ -200,6 +202,9 @@ def lower(model: ir.Model, target: Target) -> None:
             LowerToCpu()(model)
         case Target.CPU_NATIVE | Target.CUDA:
             LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
+        case Target.TENSORRT:
+            LowerToTensorRt()(model)
+            check_onnx(model)
     if target is Target.CUDA:
         model.metadata_props[PROVIDER_KEY] = "cuda"
 

@@ -37,6 +37,7 @@ class Target(StrEnum):
     CPU = "cpu"
     CPU_NATIVE = "cpu-native"
     CUDA = "cuda"
+    TENSORRT = "tensorrt"
 
     @property
     def is_native(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from kernel_records import Addend, Attention, LayerNorm, Linear, Patches, Quantizer, c_quantizer
 
-from mptqc.reference.custom_ops import AttentionScales, CodeQuantizer, block_weight
+from mptqc.reference.custom_ops import AttentionScales, block_weight
 
 ROOT = Path(__file__).parents[1]
 EMULATED = ROOT / "tests/kernels/emulated"

@@ -22,9 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
+from typing import Any, NoReturn
 
 from gpu.packing import PackError, download_wheels, install, pack, unpack
 
@@ -41,8 +39,8 @@ def main() -> None:
     if arguments.pack is not None:
         write_pack(arguments.pack, arguments.python)
         return
-    if arguments.unpack is not None and INSTALLED not in os.environ and not unpack_here(arguments.unpack):
-        return
+    if arguments.unpack is not None and INSTALLED not in os.environ:
+        unpack_and_restart(arguments.unpack)
     check(arguments)
 
 
@@ -80,15 +78,15 @@ def write_pack(folder: Path, python: str) -> None:
         print(f"{part.stat().st_size / 2**20:6.1f} MiB  {part}")
 
 
-def unpack_here(folder: Path) -> bool:
-    """Install what is whole; once all is, start this program again with it, and return True if that is not needed."""
+def unpack_and_restart(folder: Path) -> NoReturn:
+    """Install what is whole and, once all is, start this program again with it."""
     try:
         whole, awaited = unpack(folder, SITE.with_name(f"{SITE.name}-wheels"))
     except PackError as error:
         sys.exit(f"gpu_check: {error}")
     if awaited:
         print(f"{len(whole)} files are whole; still to come: {', '.join(awaited)}")
-        return False
+        sys.exit()
     if not SITE.is_dir():
         install(whole, SITE)
     path = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
@@ -97,6 +95,8 @@ def unpack_here(folder: Path) -> bool:
 
 def check(arguments: argparse.Namespace) -> None:
     """Run the stages and write what they find."""
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:0] = [str(root), str(root / "tests")]  # mptqc from the source tree, and the kernels' callers
     preload_torch()
     try:
         from gpu.stages import STAGES, Missing, Settings, first_line

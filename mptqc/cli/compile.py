@@ -31,7 +31,7 @@ def compile(
         typer.Option(
             "--target",
             help="portable (standard ONNX), cpu (com.microsoft ops), cpu-native or cuda (both need a kernel library of "
-            "mptqc) (default: portable).",
+            "mptqc), or tensorrt (symmetric QDQ, untested) (default: portable).",
         ),
     ] = None,
     samples: Annotated[

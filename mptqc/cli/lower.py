@@ -19,7 +19,9 @@ def lower(
     target: Annotated[
         str,
         typer.Option(
-            "--target", help="cpu-native or cuda (both need a kernel library of mptqc), or cpu (com.microsoft ops)."
+            "--target",
+            help="cpu-native or cuda (both need a kernel library of mptqc), cpu (com.microsoft ops), or tensorrt "
+            "(symmetric QDQ, untested).",
         ),
     ] = Target.CPU_NATIVE,
 ) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, Quantizer, c_quantizer
+from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, c_quantizer
 
-from mptqc.reference.custom_ops import AttentionScales, CodeQuantizer, block_weight
+from mptqc.reference.custom_ops import AttentionScales, block_weight
 from mptqc.runtime.library import available_isas, find_library, load_library
 
 OK = 0

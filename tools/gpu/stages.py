@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from gpu.models import FORMS, SUBJECTS, Subject, images_of, make_form
 from gpu.timing import session_run, time_runs, torch_run
-
 from mptqc.runtime.evaluate import sqnr_db
 from mptqc.runtime.session import create_session
 
@@ -26,7 +26,7 @@ LEAST_AGREEMENT_DB = 30.0
 """Of CUDA's outputs with the CPU's: a code next to a rounding boundary may differ, and moves what follows by a step."""
 
 
-class Missing(Exception):
+class Missing(Exception):  # noqa: N818 - it ends a stage, and need not be a fault
     """What a stage needs and this machine lacks, with what to do."""
 
 
