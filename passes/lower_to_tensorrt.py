@@ -4,8 +4,8 @@
  => x (-> Clip) -> QuantizeLinear(scale', 0) -> DequantizeLinear -> movement -> MatMul(·, DequantizeLinear(W)) -> …
 
 TensorRT takes zero points of 0 only. With n = code - zero point from n0 to n1, as far as x reaches, a quantizer whose n
-all fit int8 is kept exactly: scale' = scale, x clipped to [n0·scale, n1·scale]. Others get scale' = max(|n0|,
-|n1|)·scale/127: the same range, coarser steps. Two-region quantizers have no such form and are refused. A second run is
+all fit int8 is kept exactly, with scale' = scale; others get scale' = max(|n0|, |n1|)·scale/127: coarser steps. Either
+way x is clipped to [n0·scale, n1·scale] first. Two-region quantizers have no such form and are refused. A second run is
 refused by its stage.
 """
 
@@ -81,14 +81,13 @@ def _emit_symmetric(found: FoundQuantizer) -> ir.Value:
     x, scale = found.x, quantizer.scale
     lowest = lowest_code(x, scale)
     least = least if lowest is None else max(least, lowest)  # softmax, GELU: codes that no x has
-    if least >= LOWEST and most <= HIGHEST:
-        if (least, most) != (LOWEST, HIGHEST):
-            limits = [
-                build.constant(name, np.array(limit * scale, np.float32))
-                for name, limit in (("minimum", least), ("maximum", most))
-            ]
-            x = build.op("Clip", [x, *limits], name="clipped")
-    else:
+    if (least, most) != (LOWEST, HIGHEST):
+        limits = [
+            build.constant(name, np.array(limit * scale, np.float32))
+            for name, limit in (("minimum", least), ("maximum", most))
+        ]
+        x = build.op("Clip", [x, *limits], name="clipped")
+    if least < LOWEST or most > HIGHEST:
         scale = max(-least, most) * scale / HIGHEST
     operands = [
         build.constant("symmetric_scale", np.array(scale, np.float32)),
