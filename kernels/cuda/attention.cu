@@ -55,6 +55,7 @@ MPTQC_DEVICE int value_row(int group, int i) { return group / 4 * 16 + group % 4
 // kSteps: steps of the head's width, or 0 if not known here. kSpans: spans of the context's columns.
 template <int kSteps, int kSpans>
 struct AttentionBlock {
+  static_assert(kSteps * kStep * 255 * 255 < 1 << 22, "small_to_float takes the scores");
   static constexpr int kColumns = kSpans * kSpan;
 
   const AttentionParameters& p;
@@ -182,7 +183,8 @@ struct AttentionBlock {
         const int at = column + 8 * t + 2 * (lane % 4) + i % 2;
         const int64_t s = part + at;
         const int32_t sum = sums[t][i] + key_offset[at] + row_offset[i / 2];
-        float x = static_cast<float>(sum) * a().score_scale;
+        const float total = kSteps > 0 ? small_to_float(sum) : static_cast<float>(sum);
+        float x = total * a().score_scale;
         if (s < a().columns) {
           if (added.bias[i / 2] != nullptr) x += added.bias[i / 2][s];
           if (added.mask[i / 2] != nullptr) x += added.mask[i / 2][s];

@@ -6,6 +6,8 @@ is, when MPTQC_CUDA=1 asks for it, and lies in this folder; MPTQC_CUDA_KERNELS n
 
 import ctypes
 import os
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from mptqc.errors import ProviderError
@@ -13,7 +15,7 @@ from mptqc.errors import ProviderError
 PATH_VARIABLE = "MPTQC_CUDA_KERNELS"
 LIBRARY_PATH = Path(__file__).with_name("libmptqc_cuda.so")
 """Where an installation has its own build; setup.py puts it here."""
-RUNTIME_NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
+RUNTIME_NAMES = ("libcudart.so.13", "libcudart.so")
 
 HOW_TO_BUILD = (
     "install mptqc again where CUDA 13's nvcc is: MPTQC_CUDA=1 pip install --force-reinstall --no-deps . ; "
@@ -51,14 +53,23 @@ def load_cuda_library(path: Path) -> ctypes.CDLL:
 
 
 def load_cuda_runtime() -> ctypes.CDLL:
-    """The CUDA runtime of this machine, for memory and timing.
+    """The CUDA runtime of this machine, for memory and timing: the loader's, the toolkit's or a wheel's.
 
     Raises:
         ProviderError: there is none.
     """
-    for name in RUNTIME_NAMES:
+    for name in (*RUNTIME_NAMES, *_runtime_files()):
         try:
-            return ctypes.CDLL(name)
+            return ctypes.CDLL(str(name))
         except OSError:
             continue
     raise ProviderError(f"no CUDA runtime found (looked for {', '.join(RUNTIME_NAMES)}); install CUDA 13.")
+
+
+def _runtime_files() -> list[Path]:
+    compiler = shutil.which("nvcc")
+    toolkits = [] if compiler is None else [Path(compiler).resolve().parents[1]]
+    wheels = find_spec("nvidia")
+    packages = [] if wheels is None else [Path(folder) for folder in wheels.submodule_search_locations or ()]
+    found = [toolkit / "lib64" / name for toolkit in toolkits for name in RUNTIME_NAMES]
+    return found + [file for folder in packages for file in sorted(folder.glob("*/lib/libcudart.so.*"))]
