@@ -3,11 +3,12 @@
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from kernel_records import Addend, Attention, LayerNorm, Linear, Patches, Quantizer, c_quantizer
+from kernel_records import Addend, Attention, LayerNorm, Linear, Patches, c_quantizer
 
 from mptqc.reference.custom_ops import AttentionScales, block_weight
 
@@ -20,8 +21,12 @@ OK, INVALID_ARGUMENT = 0, 1
 TILES = {"auto": 0, "64x64": 1, "128x128": 2}
 
 
-def build_emulated(path: Path, *more: str | Path) -> ctypes.CDLL:
-    """Compile the kernels for the emulated device; `more` are further options and sources.
+KERNELS = tuple(source for source in sorted((ROOT / "kernels/cuda").glob("*.cu")) if source.name != "device.cu")
+GLUE = (*sorted((ROOT / "kernels/ort").glob("*.cpp")), *sorted((ROOT / "kernels/ort/cuda").glob("*.cpp")))
+
+
+def build_emulated(path: Path, sources: Sequence[Path]) -> None:
+    """Compile code for the emulated device into a library.
 
     Raises:
         FileNotFoundError: there is no g++.
@@ -30,12 +35,11 @@ def build_emulated(path: Path, *more: str | Path) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no g++")
-    kernels = [source for source in sorted((ROOT / "kernels/cuda").glob("*.cu")) if source.name != "device.cu"]
-    sources = [*kernels, EMULATED / "emulated.cpp", ROOT / "kernels/cpu/arguments.cpp"]
-    include = [f"-I{EMULATED}", f"-I{ROOT / 'kernels/include'}", f"-I{ROOT / 'kernels/cuda'}"]
-    command = [compiler, *EMULATOR_OPTIONS, "-DMPTQC_EMULATED", *include, "-x", "c++", *more, *sources, "-o", path]
+    device = [EMULATED / "emulated.cpp", ROOT / "kernels/cpu/arguments.cpp"]
+    folders = [EMULATED, *(ROOT / "kernels" / name for name in ("include", "cuda", "ort/cuda"))]
+    include = [f"-I{folder}" for folder in folders]
+    command = [compiler, *EMULATOR_OPTIONS, "-DMPTQC_EMULATED", *include, "-x", "c++", *device, *sources, "-o", path]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(path))
 
 
 class Memory(Protocol):
@@ -199,6 +203,3 @@ class Output:
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-
-
-__all__ = ["CudaKernels", "DeviceMemory", "HostMemory", "Quantizer", "build_emulated"]

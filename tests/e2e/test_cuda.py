@@ -1,13 +1,11 @@
 """Whole models for the CUDA provider, in ONNX Runtime on the emulated device: the real operators, kernels and glue."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from cuda_kernels import ROOT, build_emulated
+from cuda_kernels import ROOT
 
 from mptqc import api
 from mptqc.analysis.verify_native import check_native_numbers
@@ -24,17 +22,6 @@ QUICK = {
     "compensation": False,
     "samples": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("emulated") / "operators.so"
-    glue = [*sorted((ROOT / "kernels/ort").glob("*.cpp")), *sorted((ROOT / "kernels/ort/cuda").glob("*.cpp"))]
-    try:
-        build_emulated(path, f"-I{ROOT / 'kernels/ort/cuda'}", *glue)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    return path
 
 
 @pytest.mark.parametrize("model", ["vit", "swin"])

@@ -96,10 +96,12 @@ def write_stock(subject: Subject, path: Path, _target: str) -> None:
 
 def write_mptqc(subject: Subject, path: Path, target: str) -> None:
     """8-bit weights and activations, in the operators of `target`."""
-    original = make_form(subject, "float32", path.parent, target)
-    options = {**QUICK, "target": target}
-    compiled = api.compile(original, calibration(subject, path.parent), preset="w8a8", options=options, verify=False)
-    save_model(compiled.model, path)
+    portable = path.with_name(f"{subject.name}.portable.onnx")
+    if not portable.is_file():
+        original, images = make_form(subject, "float32", path.parent, target), calibration(subject, path.parent)
+        compiled = api.compile(original, images, preset="w8a8", options=dict(QUICK), verify=False)
+        save_model(compiled.model, portable)
+    save_model(api.lower(portable, target=target).model, path)
 
 
 def calibration(subject: Subject, folder: Path) -> Path:

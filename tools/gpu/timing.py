@@ -12,7 +12,6 @@ from mptqc.runtime.session import Session
 
 WARM_UP_RUNS = 3
 LEAST_RUNS = 5
-DEVICES = {"cuda": "cuda", "cpu": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,11 @@ def session_run(session: Session, batch: NDArray[np.generic], provider: str) -> 
     """One run of a session: the batch is on the device already, and the outputs stay there."""
     import onnxruntime
 
-    device = DEVICES[provider]
     binding = session.io_binding()
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(batch, device, 0)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(batch, provider, 0)
     binding.bind_ortvalue_input(session.get_inputs()[0].name, value)
     for output in session.get_outputs():
-        binding.bind_output(output.name, device, 0)
+        binding.bind_output(output.name, provider, 0)
 
     def run() -> None:
         session.run_with_iobinding(binding)
@@ -56,20 +54,24 @@ def session_run(session: Session, batch: NDArray[np.generic], provider: str) -> 
     return run
 
 
-def torch_run(name: str, batch: NDArray[np.float32], provider: str) -> Callable[[], None]:
-    """One run of timm's model with random weights in torch: float16, compiled, scaled-dot-product attention."""
+def torch_model(name: str, provider: str) -> Callable[[NDArray[np.float32]], Callable[[], None]]:
+    """timm's model with random weights in torch, compiled, scaled-dot-product attention; float16 on a GPU."""
     import timm
     import torch
 
     device = torch.device(provider)
     kind = torch.float16 if provider == "cuda" else torch.float32
     model = torch.compile(timm.create_model(name, pretrained=False).eval().to(device, kind))
-    images = torch.from_numpy(batch).to(device, kind)
 
-    def run() -> None:
-        with torch.inference_mode():
-            model(images)
-        if provider == "cuda":
-            torch.cuda.synchronize()
+    def bind(batch: NDArray[np.float32]) -> Callable[[], None]:
+        images = torch.from_numpy(batch).to(device, kind)
 
-    return run
+        def run() -> None:
+            with torch.inference_mode():
+                model(images)
+            if provider == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    return bind
