@@ -175,9 +175,11 @@ class CudaKernels:
         assert self.call("patches", arguments) == OK
         return output.array()
 
-    def call(self, operator: str, arguments: ctypes.Structure, *more: int) -> int:
+    def call(
+        self, operator: str, arguments: ctypes.Structure, *more: int, stream: ctypes.c_void_p | None = None
+    ) -> int:
         function = getattr(self.library, f"mptqc_cuda_{operator}")
-        return int(function(ctypes.byref(arguments), *more, ctypes.c_void_p(None)))
+        return int(function(ctypes.byref(arguments), *more, stream or ctypes.c_void_p(None)))
 
     def put(self, memory: Memory, array: np.ndarray) -> int:
         shift = self.shift // array.itemsize * array.itemsize

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_kernels import INVALID_ARGUMENT, CudaKernels, DeviceMemory, HostMemory, build_emulated
+from cuda_kernels import (
+    GUARD,
+    INVALID_ARGUMENT,
+    OK,
+    TILES,
+    CudaKernels,
+    DeviceMemory,
+    HostMemory,
+    Output,
+    as_bytes,
+    build_emulated,
+)
 from kernel_records import Addend, Attention, Linear, c_quantizer
 
 from mptqc.errors import ProviderError
@@ -19,6 +30,7 @@ TWO_REGIONS = ops.CodeQuantizer(0.02, 9, 0, 9 + 64 + 8 * 15, 3, 64)
 QUANTIZERS = [UNIFORM, NARROW, TWO_REGIONS]
 PROBABILITIES = [ops.CodeQuantizer(1 / 255, 0), ops.CodeQuantizer(0.004, 3, 1, 3 + 16 + 4 * 50, 2, 16)]
 SCALES = ops.AttentionScales(0.021, 117, 0.019, 133, 0.013, 126)
+CAPTURE_OF_THIS_THREAD = 1
 SHIFTS = [0, 4, 17]
 """Bytes from an aligned address: copies of 16, of 4 and of single codes."""
 
@@ -246,6 +258,30 @@ def test_patches(kernels, shift, shape):
     for quantizer in QUANTIZERS:
         expected = ops.quantize_codes(quantizer, ops.patches(x, patch_height, patch_width))
         assert np.array_equal(kernels.shifted(shift).patches(x, patch_height, patch_width, quantizer), expected)
+
+
+def test_a_kernel_can_be_captured_into_a_graph(on_gpu):
+    """The one that asks for more shared memory than a kernel has by itself."""
+    memory = on_gpu.new_memory()
+    runtime, check = memory.runtime, memory.check
+    generator = np.random.default_rng(7)
+    a, weight = codes(generator, 128, 128), codes(generator, 128, 128).view(np.int8)
+    ones, zeros = np.ones(128, np.float32), np.zeros(128, np.float32)
+    inputs = [a, ops.block_weight(weight), np.zeros(128, np.int32), ones, zeros]
+    output = Output(memory, (128, 128), np.float32, 0)
+    record = Linear(
+        128, 128, 128, *[memory.take(as_bytes(array)) for array in inputs], 0, None, 0, None, None, output.address
+    )
+    stream, graph, executable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+    check(runtime.cudaStreamCreate(ctypes.byref(stream)))
+    check(runtime.cudaStreamBeginCapture(stream, CAPTURE_OF_THIS_THREAD))
+    assert on_gpu.call("linear", record, TILES["128x128"], stream=stream) == OK
+    check(runtime.cudaStreamEndCapture(stream, ctypes.byref(graph)))
+    assert (output.array().view(np.uint8) == GUARD).all()  # captured is not run
+    check(runtime.cudaGraphInstantiate(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)))
+    check(runtime.cudaGraphLaunch(executable, stream))
+    expected = ops.linear(a, weight, ones, zeros, input_scale=1.0, input_zero_point=0)
+    assert np.array_equal(output.array(), expected)
 
 
 def test_unsound_records_are_refused(kernels):
