@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpu.packing import PackError, download_wheels, install, pack, shrink, unpack
+from gpu.packing import PackError, download_wheels, install, pack, unpack
 
 STAGE_NAMES = ("build", "kernels", "products", "e2e", "bench")
 MODELS, BATCHES = "vit-s,vit-b,deit-b,swin-t", "1,8,64,256"
@@ -74,8 +74,6 @@ def write_pack(folder: Path, python: str) -> None:
     """Fetch the wheels and cut them into parts."""
     wheels = folder / "wheels"
     download_wheels(wheels, python)
-    for wheel in wheels.glob("*.whl"):
-        shrink(wheel)
     for part in pack(sorted(wheels.glob("*.whl")), folder / "parts"):
         print(f"{part.stat().st_size / 2**20:6.1f} MiB  {part}")
 

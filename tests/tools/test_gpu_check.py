@@ -2,13 +2,12 @@
 
 import json
 import sys
-import zipfile
 from pathlib import Path
 
 import gpu_check
 import pytest
 from gpu import stages
-from gpu.packing import INDEX, PackError, install, pack, shrink, unpack
+from gpu.packing import INDEX, PackError, pack, unpack
 
 from mptqc.runtime.library import find_library
 
@@ -19,25 +18,6 @@ def packed(tmp_path: Path) -> Path:
     (tmp_path / "b.whl").write_bytes(b"b")
     pack([tmp_path / "a.whl", tmp_path / "b.whl"], tmp_path / "parts", part_bytes=100)
     return tmp_path / "parts"
-
-
-def test_a_shrunk_wheel_holds_the_same_and_pip_takes_it(tmp_path: Path):
-    wheel = tmp_path / "thing-1.0-py3-none-any.whl"
-    record = "thing.py,,\nthing-1.0.dist-info/METADATA,,\nthing-1.0.dist-info/WHEEL,,\nthing-1.0.dist-info/RECORD,,\n"
-    files = {
-        "thing.py": "answer = 42\n" * 5000,
-        "thing-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n",
-        "thing-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        "thing-1.0.dist-info/RECORD": record,
-    }
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    before = wheel.stat().st_size
-    shrink(wheel)
-    assert wheel.stat().st_size < before / 10
-    install([wheel], tmp_path / "site")
-    assert (tmp_path / "site/thing.py").read_text() == files["thing.py"]
 
 
 def test_parts_are_small_and_come_together_again(packed: Path, tmp_path: Path):

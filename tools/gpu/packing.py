@@ -4,11 +4,10 @@ import hashlib
 import json
 import subprocess
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-PART_BYTES = 40 * 2**20
+PART_BYTES = 48 * 2**20
 """Few enough that a part and the repository fit in the 64 MiB that some machines take at a time."""
 INDEX = "index.json"
 WHEELS = (
@@ -38,15 +37,6 @@ def download_wheels(folder: Path, python: str, wheels: Sequence[str] = WHEELS) -
     ]
     options = ["--quiet", "--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms]
     subprocess.run([sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", *wheels], check=True)
-
-
-def shrink(wheel: Path) -> None:
-    """Compress a wheel's files anew with LZMA, which pip reads too: GPU code repeats itself over many megabytes."""
-    smaller = wheel.with_suffix(".lzma")
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(smaller, "w", zipfile.ZIP_LZMA) as target:
-        for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry))
-    smaller.replace(wheel)
 
 
 def pack(files: Sequence[Path], folder: Path, *, part_bytes: int = PART_BYTES) -> list[Path]:
