@@ -30,7 +30,7 @@ Quantize = Callable[[ir.Model, QuantPlan], None]
 
 BATCH = 8
 HOLD_OUT = 4
-MOST_ROWS = 65_536
+MOST_ROWS = 32_768
 
 
 @dataclass(frozen=True)
