@@ -35,6 +35,7 @@ from mptqc.passes.fold_gelu import FoldGelu
 from mptqc.passes.fold_smoothing import FoldSmoothing
 from mptqc.passes.lower_to_cpu import LowerToCpu
 from mptqc.passes.lower_to_native import LowerToNative
+from mptqc.passes.mark_tensors import MarkTensors
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
@@ -113,7 +114,7 @@ def compile_model(
             return emitted_bytes(model, candidate)
 
         plan = allocate(
-            model, concrete_shapes(model), used, plan, quantize, size_of, report,
+            model, marked(model), concrete_shapes(model), used, plan, quantize, size_of, report,
             executor=executor, checkpoint=checkpoint,
         )  # fmt: skip
     if recipe.compensation:
@@ -247,6 +248,13 @@ def prune(model: ir.Model) -> None:
 def quantize(model: ir.Model, plan: QuantPlan) -> None:
     """Make what the plan names run in integers, in place; the model stays at stage smoothed."""
     run_passes(model, [SetBiases(plan), QuantizeTensors(plan), QuantizeLinears(plan), QuantizeAttentions(plan)])
+
+
+def marked(model: ir.Model) -> ir.Model:
+    """A copy of a smoothed model whose tensors are marked, so that it can be quantized in pieces."""
+    copy = ir.from_proto(ir.to_proto(model))
+    MarkTensors()(copy)
+    return copy
 
 
 def emit(model: ir.Model, plan: QuantPlan) -> None:

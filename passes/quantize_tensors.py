@@ -22,7 +22,7 @@ from mptqc.graph.edit import Builder, add_initializer, is_op
 from mptqc.graph.match import SITE_KEY
 from mptqc.graph.quantized_tensors import find_quantized_tensors
 from mptqc.graph.quantizer_nodes import Codes, Operand, check_quantizer, emit_quantizer
-from mptqc.graph.tensors import Tensor, find_tensors
+from mptqc.graph.tensors import Tensor, find_marked, find_tensors
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.plan import QuantPlan, TensorPlan
 
@@ -70,7 +70,7 @@ def find_planned_tensors(model: ir.Model, plan: QuantPlan) -> list[tuple[Tensor,
     done = {each.site for each in find_quantized_tensors(model)}
     found = [
         (tensor, planned[tensor.site])
-        for tensor in find_tensors(model).found
+        for tensor in find_marked(model) or find_tensors(model).found
         if tensor.site in planned and tensor.site not in done
     ]
     missing = planned.keys() - {tensor.site for tensor, _ in found}

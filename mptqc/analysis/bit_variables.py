@@ -1,7 +1,7 @@
-"""What bits are given to: the weight of each Linear, each activation that a product reads; and what they cost.
+"""What bits are given to: the weight of each Linear, each activation that a product reads, each tensor; their cost.
 
 A Linear's weight is `<site>/weight`; the input that Linears share is `<first site>/input`; an attention has
-`<site>/q`, `/k`, `/p` and `/v`.
+`<site>/q`, `/k`, `/p` and `/v`; with full coverage each of its tensors is `<site>/tensor`.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,11 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.graph.match import Attention, Linear, find_attentions, find_linears
-from mptqc.recipe import Recipe
+from mptqc.graph.tensors import find_tensors
+from mptqc.recipe import Coverage, Recipe
 
 OPERANDS = ("q", "k", "p", "v")
+TENSOR = "tensor"
 
 Shapes = Mapping[str, tuple[int, ...]]
 Bits = tuple[int, ...]
@@ -35,7 +37,7 @@ class BitVariable:
     Attributes:
         name: as in `QuantPlan.elements`.
         kind: weight or activation.
-        sites: the Linears or the attention that it belongs to.
+        sites: the Linears, the attention or the tensor that it belongs to.
         elements: weights, or elements of the activation per image.
         widths: bits that it may get, fewest first.
     """
@@ -80,6 +82,10 @@ def find_variables(model: ir.Model, shapes: Shapes, recipe: Recipe) -> list[BitV
             elements = int(np.prod(shapes[str(value.name)]))
             name = f"{attention.site}/{operand}"
             found.append(BitVariable(name, Kind.ACTIVATION, (attention.site,), elements, widths))
+    for tensor in find_tensors(model).found if recipe.coverage is Coverage.FULL else ():
+        widths = _widths(recipe, tensor.site, Kind.ACTIVATION)
+        elements = int(np.prod(shapes[str(tensor.value.name)]))
+        found.append(BitVariable(f"{tensor.site}/{TENSOR}", Kind.ACTIVATION, (tensor.site,), elements, widths))
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mptqc.analysis.bit_variables import Kind
+from mptqc.analysis.bit_variables import TENSOR, Kind
 from mptqc.analysis.budget import average_of
 from mptqc.errors import ModelError, VerifyError
 from mptqc.graph.compiled_file import load_compiled
@@ -131,11 +131,12 @@ def inspect_model(path: Path) -> Inspection:
 def _average_activation_bits(rows: Sequence[OperandRow], plan: QuantPlan) -> float:
     """Each activation counts once, by its elements, however many Linears read it.
 
-    A plan with tensors of full coverage, or one that knows no elements, is averaged over its operands and tensors.
+    A plan that knows no elements is averaged over its operands and tensors.
     """
-    if plan.tensors or not plan.elements:
+    if not plan.elements:
         return sum(row.activation_bits for row in rows) / max(len(rows), 1)
-    bits = {f"{row.site}/{row.operand}": row.activation_bits for row in rows}
+    tensors = {tensor.site for tensor in plan.tensors}
+    bits = {f"{row.site}/{TENSOR if row.site in tensors else row.operand}": row.activation_bits for row in rows}
     return average_of(plan.elements, bits, Kind.ACTIVATION)
 
 

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 def allocate(
     model: ir.Model,
+    marked: ir.Model,
     shapes: Shapes,
     samples: Samples,
     plan: QuantPlan,
@@ -49,6 +50,7 @@ def allocate(
 
     Args:
         model: the smoothed float model; not changed.
+        marked: the same with a mark behind each tensor that full coverage quantizes; it is run in pieces.
         shapes: its concrete shapes at batch 1.
         samples: calibration images, of which `scoring_images` are used.
         plan: with the quantizers of all widths.
@@ -66,7 +68,7 @@ def allocate(
     variables = find_variables(model, shapes, recipe)
     start = tuple(bits_of(plan, variables)[variable.name] for variable in variables)
     images = samples.take(recipe.scoring_images, recipe.seed)
-    problem = make_problem(model, images, plan, variables, quantize, search_digest(plan, images))
+    problem = make_problem(marked, images, plan, variables, quantize, search_digest(plan, images))
     empty = _path(variables, start, problem)
     plan = plan.model_copy(update={"path": empty})
     file_bytes = _fitted_bytes(variables, start, plan, size_of)

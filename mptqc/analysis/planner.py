@@ -14,7 +14,7 @@ from mptqc.analysis.tensor_planner import plan_tensors
 from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
 from mptqc.analysis.widths import at_bits, quantizer_array, without
 from mptqc.data.samples import Samples
-from mptqc.errors import RecipeError, RefusalError
+from mptqc.errors import RefusalError
 from mptqc.graph.blocks import (
     Activation,
     Projections,
@@ -163,17 +163,9 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
     """Add the quantizer of every Linear, attention and, for full coverage, tensor; `model` has the folds applied.
 
     With a budget each gets its most bits, and the plan's arrays hold the quantizers of all widths (`widths`).
-
-    Raises:
-        RecipeError: a budget together with full coverage.
     """
     recipe = plan.recipe
     full = recipe.coverage is Coverage.FULL
-    if full and recipe.budget is not None:
-        raise RecipeError(
-            "a budget is kept by the operands of products alone, so far; the tensors of coverage 'full' would be left "
-            "out of it: give bits (activation_bits, sites) instead of a budget, or coverage 'partial'"
-        )
     linears, attentions = find_linears(model), find_attentions(model)
     tensors = find_tensors(model) if full else Tensors((), ())
     values = [linear.input for linear in linears]
@@ -207,13 +199,18 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
         for operand, search in searches.items():
             name = f"{attention.site}/{operand}"
             arrays[f"{name}/quantizers"] = quantizer_array({bits: search(bits) for bits in widths[name]})
+    planned_tensors = plan_tensors(model, tensors.found, seen, widths, recipe, report)
+    arrays |= planned_tensors.quantizers
+    plan = plan.with_arrays({**arrays, **planned_tensors.exponents})
+    plan = plan.model_copy(update={"tensors": planned_tensors.tensors})
     most = {variable.name: variable.widths[-1] for variable in variables}
-    planned = at_bits(plan.with_arrays(arrays), variables, most).model_copy(
-        update={"elements": {variable.name: variable.elements for variable in variables}}
+    planned = at_bits(plan, variables, most).model_copy(
+        update={
+            "elements": {variable.name: variable.elements for variable in variables},
+            "refusals": plan.refusals + tensors.refusals,
+        }
     )
-    planned = planned if recipe.budget is not None else without(planned, arrays.keys())
-    planned = planned.model_copy(update={"refusals": planned.refusals + tensors.refusals})
-    return plan_tensors(model, tensors.found, seen, planned, report)
+    return planned if recipe.budget is not None else without(planned, arrays.keys())
 
 
 def _input_search(group: Sequence[Linear], rows: Rows, shapes: Shapes, recipe: Recipe) -> Search:

@@ -114,7 +114,7 @@ def make_problem(
     """Cut the model and run it in float.
 
     Args:
-        model: the smoothed float model.
+        model: the smoothed float model, its tensors marked.
         samples: scoring images.
         plan: holds the quantizers of all widths.
         variables: every choice of bits.

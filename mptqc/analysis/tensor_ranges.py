@@ -41,54 +41,46 @@ class NormReader:
     weights: Sequence[Array]
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """A quantizer and, if there are any, the exponents e [C] of x̂ = 2^e·Q(x/2^e)."""
-
-    quantizer: ActivationQuantizer
-    exponents: NDArray[np.int8] | None = None
-
-
-def search_norm_input(
-    rows: Rows, readers: Sequence[NormReader], bits: int, method: RangeMethod, *, exponents: bool, seed: int
-) -> Scaled:
-    """The quantizer of what norms read.
+class NormInputSearch:
+    """The search for the quantizers of what norms read, x̂ = 2^e·Q(x/2^e), by the error at the readers.
 
     Args:
         rows: samples of the tensor, [n, C].
         readers: the norms.
-        bits: 2..8.
-        method: how to choose.
-        exponents: whether per-channel powers of two are tried; the error at the readers decides, whatever `method` is.
+        method: how quantizers are chosen; exponents are chosen by the error at the readers in any case.
         seed: of the choice of elements.
     """
-    error_of = _norm_error(rows, readers)
-    plain = _search_scaled(rows, None, bits, method, error_of, seed)
-    if not exponents:
-        return plain
-    found = [plain, *(_search_scaled(rows, each, bits, method, error_of, seed) for each in _exponents(rows))]
-    return min(found, key=lambda scaled: error_of(_fake_quantize(scaled, rows.rows)))
 
+    def __init__(self, rows: Rows, readers: Sequence[NormReader], method: RangeMethod, seed: int) -> None:
+        self._rows = rows
+        self._method = method
+        self._seed = seed
+        self._error_of = _norm_error(rows, readers)
 
-def _search_scaled(
-    rows: Rows,
-    exponents: NDArray[np.int8] | None,
-    bits: int,
-    method: RangeMethod,
-    error_of: Callable[[Array], float],
-    seed: int,
-) -> Scaled:
-    """The best quantizer of x/2^e; `error_of` judges x̂."""
-    factor = _factor(exponents, rows.rows.shape[1])
-    x: Array = rows.rows / factor
-    weights: Array = _per_variance(rows)[:, None] * np.square(factor)
-    low, high = float((rows.low / factor).min()), float((rows.high / factor).max())
-    points = points_of(x.reshape(-1), weights.reshape(-1), low, high, seed)
+    def best_exponents(self, bits: int) -> NDArray[np.int8] | None:
+        """The exponents e [C] that do best at so many bits; None if none do."""
+        trials = [None, *_exponents(self._rows)]
+        errors = [self._error_of(self._fake_quantize(self.quantizer(bits, each), each)) for each in trials]
+        return trials[int(np.argmin(errors))]
 
-    def output_error(quantizer: ActivationQuantizer) -> float:
-        return error_of(fake_quantize(quantizer, x) * factor)
+    def quantizer(self, bits: int, exponents: NDArray[np.int8] | None) -> ActivationQuantizer:
+        """The best quantizer of x/2^e."""
+        rows = self._rows
+        factor = _factor(exponents, rows.rows.shape[1])
+        x: Array = rows.rows / factor
+        weights: Array = _per_variance(rows)[:, None] * np.square(factor)
+        low, high = float((rows.low / factor).min()), float((rows.high / factor).max())
+        points = points_of(x.reshape(-1), weights.reshape(-1), low, high, self._seed)
 
-    return Scaled(search_quantizer(points, bits, method, two_regions=False, output_error=output_error), exponents)
+        def output_error(quantizer: ActivationQuantizer) -> float:
+            return self._error_of(fake_quantize(quantizer, x) * factor)
+
+        return search_quantizer(points, bits, self._method, two_regions=False, output_error=output_error)
+
+    def _fake_quantize(self, quantizer: ActivationQuantizer, exponents: NDArray[np.int8] | None) -> Array:
+        factor = _factor(exponents, self._rows.rows.shape[1])
+        found: Array = fake_quantize(quantizer, self._rows.rows / factor) * factor
+        return found
 
 
 def _norm_error(rows: Rows, readers: Sequence[NormReader]) -> Callable[[Array], float]:
@@ -102,12 +94,6 @@ def _norm_error(rows: Rows, readers: Sequence[NormReader]) -> Callable[[Array], 
         return sum(float(np.square(error @ factor).sum()) for factor in factors)
 
     return error_of
-
-
-def _fake_quantize(scaled: Scaled, x: Array) -> Array:
-    factor = _factor(scaled.exponents, x.shape[1])
-    found: Array = fake_quantize(scaled.quantizer, x / factor) * factor
-    return found
 
 
 def _factor(exponents: NDArray[np.int8] | None, channels: int) -> Array:

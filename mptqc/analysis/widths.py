@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.analysis.bit_variables import OPERANDS, BitVariable, Kind
+from mptqc.analysis.bit_variables import OPERANDS, TENSOR, BitVariable, Kind
 from mptqc.errors import PlanError
 from mptqc.plan import ActivationQuantizer, AttentionPlan, LayerPlan, QuantPlan, TwoRegion, Uniform
 
@@ -48,7 +48,7 @@ def at_bits(plan: QuantPlan, variables: Sequence[BitVariable], bits: Mapping[str
     """The plan with these bits, its weights rounded at the scales found for them.
 
     Args:
-        plan: holds the arrays named above.
+        plan: holds the arrays named above, and a tensor of any width for each variable that is one.
         variables: every choice of bits of the model.
         bits: of every variable, by name.
 
@@ -64,6 +64,8 @@ def at_bits(plan: QuantPlan, variables: Sequence[BitVariable], bits: Mapping[str
             else:
                 quantizers[variable.name] = one
     layers, attentions, arrays = [], [], {**plan.arrays}
+    tensors = {tensor.site: tensor for tensor in plan.tensors}
+    chosen = []
     for variable in variables:
         site = variable.sites[0]
         if variable.kind is Kind.WEIGHT:
@@ -75,7 +77,10 @@ def at_bits(plan: QuantPlan, variables: Sequence[BitVariable], bits: Mapping[str
         elif variable.name.endswith(f"/{OPERANDS[0]}"):
             q, k, p, v = (quantizers[f"{site}/{operand}"] for operand in OPERANDS)
             attentions.append(AttentionPlan(site=site, q=q, k=k, p=p, v=v))
-    return plan.model_copy(update={"layers": tuple(layers), "attentions": tuple(attentions), "arrays": arrays})
+        elif variable.name.endswith(f"/{TENSOR}"):
+            chosen.append(tensors[site].model_copy(update={"quantizer": quantizers[variable.name]}))
+    parts = {"layers": tuple(layers), "attentions": tuple(attentions), "tensors": tuple(chosen)}
+    return plan.model_copy(update={**parts, "arrays": arrays})
 
 
 def _quantizer(plan: QuantPlan, name: str, bits: int) -> ActivationQuantizer:
@@ -94,6 +99,7 @@ def bits_of(plan: QuantPlan, variables: Sequence[BitVariable]) -> dict[str, int]
     """The bits that the plan gives to each variable."""
     layers = {layer.site: layer for layer in plan.layers}
     attentions = {attention.site: attention for attention in plan.attentions}
+    tensors = {tensor.site: tensor for tensor in plan.tensors}
     found = {}
     for variable in variables:
         site, what = variable.sites[0], variable.name.rpartition("/")[2]
@@ -101,6 +107,8 @@ def bits_of(plan: QuantPlan, variables: Sequence[BitVariable]) -> dict[str, int]
             found[variable.name] = layers[site].weight_bits
         elif what == "input":
             found[variable.name] = layers[site].input.bits
+        elif what == TENSOR:
+            found[variable.name] = tensors[site].quantizer.bits
         else:
             operand: ActivationQuantizer = getattr(attentions[site], what)
             found[variable.name] = operand.bits

@@ -21,8 +21,8 @@ SITE_KEY = "mptqc.site"
 SCORE_OPS = ("Add", "Sub", "Mul", "Div", "Reshape", "Where")
 """What may lie between the scores of an attention and its Softmax in a float model."""
 
-QUANTIZER_OPS = ("QuantizeLinear", "Clip", "DequantizeLinear")
-"""What lies there besides once the scores are a quantized tensor."""
+QUANTIZER_OPS = ("QuantizeLinear", "Clip", "DequantizeLinear", "Identity")
+"""What lies there besides once the scores are a quantized tensor, or marked as one."""
 
 
 def site_of(node: ir.Node) -> str:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from mptqc.graph.edit import constant_of
 from mptqc.graph.match import find_attentions, find_linears
+from mptqc.graph.tensors import find_marked
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Segment:
         model: ONNX bytes.
         inputs: values that it reads, by name.
         outputs: values that later segments read, and the graph outputs that it makes.
-        sites: Linears and attentions in it.
+        sites: Linears, attentions and marked tensors in it.
     """
 
     model: bytes
@@ -98,5 +99,6 @@ def _segment(model: ir.Model, nodes: Sequence[ir.Node], later: set[ir.Node]) -> 
     onnx.helper.set_model_props(proto, dict(model.metadata_props))
     part = ir.from_proto(proto)
     sites = [linear.site for linear in find_linears(part)] + [attention.site for attention in find_attentions(part)]
+    sites += [tensor.site for tensor in find_marked(part)]
     serialized: bytes = proto.SerializeToString()  # type: ignore[no-untyped-call] # protobuf has no types
     return Segment(serialized, tuple(inputs), tuple(outputs), tuple(sites))

@@ -7,6 +7,9 @@
     <attention>.context   an attention's output that is no operand
     <linear>.sum          the sum that a Linear's output enters, if no norm reads it
 
+`MarkTensors` puts an Identity behind each, which bears its site and kind: so a tensor is known also where the model is
+cut and the nodes that tell what it is are in another piece.
+
 A tensor is a value that is computed from the image and leads to a product or a norm. Movement computes nothing: a
 tensor is quantized above it. What is neither a tensor named here, nor an operand, nor within an attention's scores, is
 refused by name.
@@ -28,11 +31,15 @@ from mptqc.graph.match import (
     find_linears,
     find_norms,
     match_linear_output,
+    site_of,
 )
 from mptqc.plan import Refusal, TensorKind
 
 REFUSED = "full coverage"
 """What a `Refusal` of a tensor is about."""
+
+KIND_KEY = "mptqc.tensor"
+"""Where a mark keeps the kind of its tensor."""
 
 _JOINING_OPS = ("Concat", "Pad", "Expand")
 _MOVING_OPS = (*MOVEMENT_OPS, *_JOINING_OPS)
@@ -59,6 +66,17 @@ class Tensors:
 def find_tensors(model: ir.Model) -> Tensors:
     """Every tensor of a float model with stamped sites; a second call on the same model gives the same."""
     return _Finder(model).find()
+
+
+def find_marked(model: ir.Model) -> list[Tensor]:
+    """Every tensor that has a mark, in graph order."""
+    found = []
+    for node in model.graph:
+        if is_op(node, "Identity") and KIND_KEY in node.metadata_props:
+            value = node.inputs[0]
+            assert value is not None
+            found.append(Tensor(site_of(node), TensorKind(node.metadata_props[KIND_KEY]), value))
+    return found
 
 
 class _Finder:

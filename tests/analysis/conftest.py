@@ -12,7 +12,7 @@ from mptqc.analysis.bit_variables import BitVariable, find_variables
 from mptqc.analysis.planner import plan_quantizers
 from mptqc.analysis.sensitivity import Problem, make_problem
 from mptqc.analysis.shapes import concrete_shapes
-from mptqc.compiler import fold, load_canonical, quantize, silent
+from mptqc.compiler import fold, load_canonical, marked, quantize, silent
 from mptqc.data.arrays import Arrays, ArraySource
 from mptqc.data.samples import Samples
 from mptqc.graph.io import save_model
@@ -70,7 +70,7 @@ def bench(tiny_vit: Callable[..., ir.Model], tmp_path_factory: pytest.TempPathFa
         shapes = concrete_shapes(model)
         plan = plan_quantizers(model, shapes, samples, empty, silent)
         variables = find_variables(model, shapes, recipe)
-        problem = make_problem(model, samples, plan, variables, quantize, name)
+        problem = make_problem(marked(model), samples, plan, variables, quantize, name)
         return Bench(model, shapes, samples, plan, variables, problem)
 
     return make

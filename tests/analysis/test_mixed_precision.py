@@ -12,14 +12,14 @@ from mptqc.analysis.bit_variables import Kind
 from mptqc.analysis.budget import average_of
 from mptqc.analysis.mixed_precision import allocate, search_digest
 from mptqc.analysis.widths import bits_of
-from mptqc.compiler import emitted_bytes, quantize, silent
+from mptqc.compiler import emitted_bytes, marked, quantize, silent
 from mptqc.errors import BudgetError, RecipeError
 from mptqc.recipe import Recipe
 
 
 def allocated(made, **options):
     return allocate(
-        made.model, made.shapes, made.samples, made.plan, quantize,
+        made.model, marked(made.model), made.shapes, made.samples, made.plan, quantize,
         lambda plan: emitted_bytes(made.model, plan), silent, **options,
     )  # fmt: skip
 
@@ -35,14 +35,24 @@ def test_both_averages_are_kept_and_nearly_used(bench, allocator):
         assert 3.3 < average_of(plan.elements, bits, kind) <= 3.5
 
 
-def test_the_plan_is_the_end_of_its_path(bench):
-    made = bench()
+@pytest.mark.parametrize("coverage", ["partial", "full"])
+def test_the_plan_is_the_end_of_its_path(bench, coverage):
+    made = bench(coverage=coverage)
     plan = allocated(made)
     assert plan.path is not None
     assert plan.path.bits_after(len(plan.path.steps)) == bits_of(plan, made.variables)
     assert plan.path.bits_after(0) == bits_of(made.plan, made.variables)
     assert plan.path.steps[-1].bytes == plan.path.end_bytes
     assert plan.path.steps[-1].loss is not None
+
+
+def test_with_full_coverage_every_tensor_counts_and_is_lowered(bench):
+    made = bench(coverage="full")
+    plan = allocated(made)
+    assert plan.tensors
+    assert {f"{tensor.site}/tensor" for tensor in plan.tensors} <= plan.elements.keys()
+    assert min(tensor.quantizer.bits for tensor in plan.tensors) < 4
+    assert 3.3 < average_of(plan.elements, bits_of(plan, made.variables), Kind.ACTIVATION) <= 3.5
 
 
 def test_patch_embedding_and_head_count_and_are_lowered(bench):
@@ -114,7 +124,7 @@ def test_dask_chooses_the_same_with_a_worker_killed(bench):
                 threading.Timer(0.2, os.kill, (victim, signal.SIGKILL)).start()
 
         plan = allocate(
-            made.model, made.shapes, made.samples, made.plan, quantize,
+            made.model, marked(made.model), made.shapes, made.samples, made.plan, quantize,
             lambda plan: emitted_bytes(made.model, plan), kill_midway,
             executor=cluster.scheduler_address.replace("tcp", "dask"),
         )  # fmt: skip

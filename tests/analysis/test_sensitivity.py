@@ -38,10 +38,11 @@ def relative_error(exact, found):
     return np.square(error).sum(axis=1) / np.square(exact).sum(axis=1).mean()
 
 
+@pytest.mark.parametrize("coverage", ["partial", "full"])
 @pytest.mark.parametrize("batch", ["b", "3"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_losses_are_those_of_the_emitted_model(bench, batch, seed):
-    made = bench(batch=batch)
+def test_losses_are_those_of_the_emitted_model(bench, batch, seed, coverage):
+    made = bench(batch=batch, coverage=coverage)
     bits = random_bits(made.variables, seed)
     (found,) = emitted_outputs(made, bits)
     exact = np.concatenate([outputs[0] for outputs in made.problem.reference])[: made.problem.count]

@@ -1,12 +1,14 @@
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from mptqc.analysis.candidates import uniform
 from mptqc.analysis.observe import Rows, Slices
 from mptqc.analysis.tensor_ranges import (
+    NormInputSearch,
     NormReader,
     search_gelu_input,
-    search_norm_input,
     search_rows,
     search_scores,
 )
@@ -19,6 +21,20 @@ Array = np.ndarray
 BITS = [4, 8]
 # Errors are summed in float32 there and in float64 here: at most 2¹⁴ terms, added in pairs.
 ROUNDING = 1 + 64 * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Scaled:
+    quantizer: ActivationQuantizer
+    exponents: Array | None
+
+
+def search_norm_input(
+    rows: Rows, readers: list[NormReader], bits: int, method: RangeMethod, *, exponents: bool, seed: int
+) -> Scaled:
+    search = NormInputSearch(rows, readers, method, seed)
+    chosen = search.best_exponents(bits) if exponents else None
+    return Scaled(search.quantizer(bits, chosen), chosen)
 
 
 def rows_of(values: Array) -> Rows:
