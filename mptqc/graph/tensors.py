@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from mptqc.graph.edit import constant_of, is_op, producer
+from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 from mptqc.graph.layout import MOVEMENT_OPS
 from mptqc.graph.match import (
     SCORE_OPS,
@@ -94,7 +94,8 @@ class _Finder:
             self._operands |= {(product, index) for product in (each.scores, each.context) for index in (0, 1)}
         self._hidden = {linear.matmul.outputs[0] for linear in self._linears.values()}
         for each in self._attentions:
-            self._hidden |= _score_path(each)
+            self._hidden |= _score_path(each) | _row_scaling(each)
+        self._hidden |= {node.outputs[0] for node in model.graph if is_op(node, "Gelu") and _is_folded(node)}
 
     def find(self) -> Tensors:
         """Judge every computed value."""
@@ -228,6 +229,21 @@ def _score_path(attention: Attention) -> set[ir.Value]:
         return found | {value} if found else found
 
     return path_to(attention.softmax.inputs[0]) | {start, attention.softmax.outputs[0]}
+
+
+def _row_scaling(attention: Attention) -> set[ir.Value]:
+    """What `ScaleProbabilities` put around the second product: the rows' scales, and the product before they return."""
+    if attention.row_scale is None:
+        return set()
+    return {value for value in attention.row_scale.inputs if value is not None}
+
+
+def _is_folded(gelu: ir.Node) -> bool:
+    """True if `FoldGelu` scaled the channels of this GELU: what is quantized comes after the scale."""
+    scaled = only_consumer(gelu.outputs[0])
+    return (
+        is_op(scaled, "Mul") and scaled is not None and any(constant_of(value) is not None for value in scaled.inputs)
+    )
 
 
 def _refuse(site: str, reason: str) -> Refusal:

@@ -19,7 +19,7 @@ from mptqc.runtime.session import create_session, run_arrays
 
 
 @pytest.fixture
-def smoothed(tiny_vit, tmp_path: Path) -> ir.Model:
+def vit(tiny_vit, tmp_path: Path) -> ir.Model:
     model = tiny_vit("mean")
     model.metadata_props.pop(STAGE_KEY, None)
     save_model(model, tmp_path / "vit.onnx")
@@ -35,30 +35,30 @@ def outputs_of(model: ir.Model) -> list[np.ndarray]:
     return run_arrays(session, names, {str(model.graph.inputs[0].name): images})
 
 
-def test_every_tensor_is_marked_once_and_outputs_stay(smoothed):
-    wanted = [(tensor.site, tensor.kind, tensor.value.name) for tensor in find_tensors(smoothed).found]
-    before = outputs_of(smoothed)
-    assert MarkTensors()(smoothed).edits == len(wanted) > 0
-    assert [(tensor.site, tensor.kind, tensor.value.name) for tensor in find_marked(smoothed)] == wanted
-    for one, other in zip(before, outputs_of(smoothed), strict=True):
+def test_every_tensor_is_marked_once_and_outputs_stay(vit):
+    wanted = [(tensor.site, tensor.kind, tensor.value.name) for tensor in find_tensors(vit).found]
+    before = outputs_of(vit)
+    assert MarkTensors()(vit).edits == len(wanted) > 0
+    assert [(tensor.site, tensor.kind, tensor.value.name) for tensor in find_marked(vit)] == wanted
+    for one, other in zip(before, outputs_of(vit), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_second_run_changes_nothing(smoothed):
-    MarkTensors()(smoothed)
-    text = ir.to_onnx_text(smoothed)
-    assert not MarkTensors()(smoothed).modified
-    assert ir.to_onnx_text(smoothed) == text
+def test_a_second_run_changes_nothing(vit):
+    MarkTensors()(vit)
+    text = ir.to_onnx_text(vit)
+    assert not MarkTensors()(vit).modified
+    assert ir.to_onnx_text(vit) == text
 
 
-def test_each_mark_is_in_one_segment(smoothed):
-    MarkTensors()(smoothed)
-    sites = [tensor.site for tensor in find_marked(smoothed)]
-    segments = [ir.from_proto(onnx.load_model_from_string(segment.model)) for segment in split(smoothed)]
+def test_each_mark_is_in_one_segment(vit):
+    MarkTensors()(vit)
+    sites = [tensor.site for tensor in find_marked(vit)]
+    segments = [ir.from_proto(onnx.load_model_from_string(segment.model)) for segment in split(vit)]
     assert [tensor.site for segment in segments for tensor in find_marked(segment)] == sites
 
 
-def test_only_a_smoothed_model_is_marked(smoothed):
-    smoothed.metadata_props[STAGE_KEY] = Stage.CANONICAL
+def test_only_a_smoothed_model_is_marked(vit):
+    vit.metadata_props[STAGE_KEY] = Stage.CANONICAL
     with pytest.raises(StageError, match="mark-tensors"):
-        MarkTensors()(smoothed)
+        MarkTensors()(vit)
