@@ -229,8 +229,11 @@ def check_output(path: Path) -> None:
 
 
 def _checked(compiled: Compiled, samples: Samples, *, verify: bool, report: Progress) -> CompileResult:
-    if verify and compiled.plan.recipe.target is Target.CPU_NATIVE and find_library() is None:
+    if verify and compiled.plan.recipe.target.is_native and find_library() is None:
         logger.warning("not verified: the kernel library is not there to run the model with; %s", HOW_TO_BUILD)
+        verify = False
+    if verify and compiled.plan.recipe.target is Target.TENSORRT:
+        logger.warning("not verified: a model for TensorRT is checked as ONNX only, and was never run there")
         verify = False
     if not verify:
         return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, None))

@@ -27,6 +27,7 @@ from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.io import load_model, model_digest, serialize
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
 from mptqc.graph.tensors import find_tensors
+from mptqc.graph.verify import check_onnx
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
@@ -35,6 +36,7 @@ from mptqc.passes.fold_gelu import FoldGelu
 from mptqc.passes.fold_smoothing import FoldSmoothing
 from mptqc.passes.lower_to_cpu import LowerToCpu
 from mptqc.passes.lower_to_native import LowerToNative
+from mptqc.passes.lower_to_tensorrt import LowerToTensorRt
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
@@ -49,6 +51,7 @@ from mptqc.passes.stamp_sites import StampSites
 from mptqc.passes.unfold_patches import UnfoldPatches
 from mptqc.plan import PLAN_KEY, QuantPlan
 from mptqc.recipe import Coverage, Recipe, Target
+from mptqc.runtime.session import PROVIDER_KEY
 
 
 @dataclass(frozen=True)
@@ -273,8 +276,13 @@ def lower(model: ir.Model, target: Target) -> None:
             return
         case Target.CPU:
             LowerToCpu()(model)
-        case Target.CPU_NATIVE:
+        case Target.CPU_NATIVE | Target.CUDA:
             LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
+        case Target.TENSORRT:
+            LowerToTensorRt()(model)
+            check_onnx(model)
+    if target is Target.CUDA:
+        model.metadata_props[PROVIDER_KEY] = "cuda"
 
 
 def lower_compiled(path: Path, target: Target) -> Compiled:

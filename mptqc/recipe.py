@@ -37,6 +37,13 @@ class Target(StrEnum):
     PORTABLE = "portable"
     CPU = "cpu"
     CPU_NATIVE = "cpu-native"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is written with the operators of `ai.mptqc`."""
+        return self in (Target.CPU_NATIVE, Target.CUDA)
 
 
 class SiteOverride(BaseModel):

@@ -71,6 +71,8 @@ class Api {
   Status* output(KernelContext* context, size_t index, const int64_t* shape, size_t rank, Value** value) const {
     return call<Status*>(91, context, index, shape, rank, value);
   }
+  // Null on the CPU.
+  Status* stream(const KernelContext* context, void** stream) const { return call<Status*>(193, context, stream); }
   // Runs task(user, i) for each i below `total`, on the session's threads.
   Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t total, void* user) const {
     constexpr size_t one_by_one = 0;

@@ -1,5 +1,4 @@
 // RegisterCustomOps, the entry point that ONNX Runtime calls, and the table of each operator.
-#include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <string>
@@ -49,16 +48,6 @@ Status* guarded(Api api, const std::string& where, const Work& work) noexcept {
   }
 }
 
-// The implementation that MPTQC_ISA names, or the best one.
-mptqc_isa chosen_isa() {
-  const char* name = std::getenv("MPTQC_ISA");
-  mptqc_isa isa;
-  if (mptqc_choose_isa(name, &isa) != MPTQC_OK) {
-    throw std::invalid_argument("MPTQC_ISA is \"" + std::string(name) + "\", which this processor or build lacks");
-  }
-  return isa;
-}
-
 template <class Operator>
 struct Kernel {
   Api api;
@@ -69,7 +58,7 @@ struct Kernel {
     return guarded(api, "", [&] {
       const Node node(api, info);
       try {
-        *kernel = new Kernel{api, Operator(node, chosen_isa())};
+        *kernel = new Kernel{api, Operator(node, Backend::choose())};
       } catch (const std::invalid_argument& error) {
         throw std::invalid_argument("ai.mptqc " + std::string(kSignature<Operator>.name) + " " + node.name() + ": " +
                                     error.what());
@@ -89,7 +78,7 @@ struct Kernel {
       CustomOp fields = {};
       fields.version = kApiVersion;
       fields.name = [](const CustomOp*) { return kSignature<Operator>.name; };
-      fields.provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
+      fields.provider = [](const CustomOp*) { return Backend::kProvider; };
       fields.input_count = [](const CustomOp*) { return kSignature<Operator>.count; };
       fields.input_type = [](const CustomOp*, size_t index) { return int{kSignature<Operator>.inputs[index]}; };
       fields.input_characteristic = [](const CustomOp*, size_t index) {
@@ -140,7 +129,7 @@ extern "C" MPTQC_EXPORT mptqc::ort::Status* RegisterCustomOps(
   }
   const Api api(table);
   return guarded(api, "ai.mptqc: ", [&] {
-    chosen_isa();
+    Backend::choose();
     check(api, api.add_domain(options, domain(api)));
   });
 }

@@ -12,7 +12,6 @@ from mptqc.cli.options import MeanOption, PreprocessOption, StdOption, parse_byt
 from mptqc.cli.pareto import describe_point
 from mptqc.cli.progress import progress
 from mptqc.errors import RecipeError
-from mptqc.recipe import Target
 
 
 def compile(
@@ -40,8 +39,8 @@ def compile(
         str | None,
         typer.Option(
             "--target",
-            help="portable (standard ONNX), cpu (com.microsoft ops) or cpu-native (needs mptqc's kernel library) "
-            "(default: portable).",
+            help="portable (standard ONNX), cpu (com.microsoft ops), cpu-native or cuda (both need a kernel library of "
+            "mptqc), or tensorrt (symmetric QDQ, untested) (default: portable).",
         ),
     ] = None,
     samples: Annotated[
@@ -201,5 +200,5 @@ def compile(
     typer.echo(result.report.summary())
     for refusal in result.plan.refusals:
         typer.echo(f"left alone: {refusal.what} at {refusal.site}: {refusal.reason}")
-    if result.plan.recipe.target is Target.CPU_NATIVE:
+    if result.plan.recipe.target.is_native:
         echo_lowering(result.model)

@@ -17,7 +17,12 @@ def lower(
     model: Annotated[Path, typer.Argument(help="A compiled ONNX model, of target portable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     target: Annotated[
-        str, typer.Option("--target", help="cpu-native (needs mptqc's kernel library) or cpu (com.microsoft ops).")
+        str,
+        typer.Option(
+            "--target",
+            help="cpu-native or cuda (both need a kernel library of mptqc), cpu (com.microsoft ops), or tensorrt "
+            "(symmetric QDQ, untested).",
+        ),
     ] = Target.CPU_NATIVE,
 ) -> None:
     """Rewrite a compiled portable file with faster operators, without the float model."""
@@ -27,7 +32,7 @@ def lower(
     result = api.lower(model, target=target)
     result.save(output)
     typer.echo(f"wrote {output}: {model.stat().st_size / 1e6:.2f} MB -> {output.stat().st_size / 1e6:.2f} MB")
-    if target == Target.CPU_NATIVE:
+    if Target(target).is_native:
         echo_lowering(result.model)
 
 

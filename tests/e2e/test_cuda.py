@@ -1,0 +1,83 @@
+"""Whole models for the CUDA provider, in ONNX Runtime on the emulated device: the real operators, kernels and glue."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from cuda_kernels import ROOT
+
+from mptqc import api
+from mptqc.analysis.verify_native import check_native_numbers
+from mptqc.cli.app import main
+from mptqc.errors import ProviderError
+from mptqc.graph.native_nodes import native_nodes
+from mptqc.recipe import Target
+from mptqc.runtime.session import PROVIDER_KEY, create_session
+
+QUICK = {
+    "range_method": "min-max",
+    "smoothing": False,
+    "attention_folds": False,
+    "compensation": False,
+    "samples": 8,
+}
+
+
+@pytest.mark.parametrize("model", ["vit", "swin"])
+def test_every_operator_gives_what_the_plan_means(compile_zoo, zoo_samples, emulated_library, model):
+    file = compile_zoo(model, "w4a4", **QUICK)
+    lowered = api.lower(file.path, target="cuda").model
+    images = next(zoo_samples("test").batches(1))
+    proto = ir.to_proto(lowered)
+
+    def run(names):
+        probing = onnx.ModelProto()
+        probing.CopyFrom(proto)
+        del probing.graph.output[:]
+        wanted = [name for name in dict.fromkeys(names) if name != proto.graph.input[0].name]
+        probing.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(emulated_library))
+        session = ort.InferenceSession(probing.SerializeToString(), options, providers=["CPUExecutionProvider"])  # noqa: TID251 - a library that create_session does not know
+        feeds = {proto.graph.input[0].name: images}
+        return feeds | dict(zip(wanted, session.run(wanted, feeds), strict=True))
+
+    plan = file.compiled.plan
+    checks = check_native_numbers(native_nodes(lowered), plan, run)
+    assert len(checks) == len(native_nodes(lowered))
+    assert [check.site for check in checks if check.code_mismatches or check.error > 1] == []
+
+
+def test_lowering_marks_the_model_and_the_cpu_refuses_it(compile_zoo, tmp_path, capsys):
+    output = tmp_path / "cuda.onnx"
+    with pytest.raises(SystemExit) as ended:
+        main(["lower", str(compile_zoo("vit", "w4a4", **QUICK).path), "-o", str(output), "--target", "cuda"])
+    assert not ended.value.code
+    assert "lowered: 16 LinearQuantize" in capsys.readouterr().out
+    model = onnx.load(output)
+    assert {entry.key: entry.value for entry in model.metadata_props}[PROVIDER_KEY] == "cuda"
+    with pytest.raises(ProviderError, match="was compiled for provider 'cuda'"):
+        create_session(output)
+
+
+def test_lowered_for_cuda_it_is_the_native_model(compile_zoo):
+    path = compile_zoo("vit", "w4a4", **QUICK).path
+    cuda, native = (api.lower(path, target=target).model for target in (Target.CUDA, Target.CPU_NATIVE))
+    assert ir.to_proto(cuda).graph == ir.to_proto(native).graph
+
+
+def test_a_model_for_cuda_is_verified_on_the_cpu(tmp_path):
+    """Its operators mean the same there."""
+    zoo = ROOT / "zoo"
+    result = api.compile(
+        zoo / "vit.onnx",
+        zoo / "calibration.npz",
+        preset="w4a4",
+        preprocess=str(zoo / "preprocess.json"),
+        options={**QUICK, "target": "cuda"},
+    )
+    if result.report.checks is None:
+        pytest.skip("the kernel library was not built: no C++17 compiler")
+    assert result.report.checks.integer_products == 34
+    assert np.isfinite(result.report.checks.sites[0].error)
