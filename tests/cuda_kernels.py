@@ -18,6 +18,7 @@ EMULATOR_OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 GUARD_BYTES, GUARD = 256, 0xA5
 OK, INVALID_ARGUMENT = 0, 1
+FLOAT_TYPES = {"float32": 0, "float16": 1}
 TILES = {"auto": 0, "64x64": 1, "128x128": 2}
 
 
@@ -122,7 +123,7 @@ class CudaKernels:
         output = Output(memory, x.shape, np.uint8, self.shift)
         pointers = [self.put(memory, array) for array in (x, gamma, beta)]
         arguments = LayerNorm(count, x.shape[-1], *pointers, epsilon, *table, c_quantizer(quantizer), output.address)
-        assert self.call("layer_norm", arguments) == OK
+        assert self.call("layer_norm", arguments, FLOAT_TYPES[x.dtype.name]) == OK
         return output.array()
 
     def linear(
@@ -136,7 +137,8 @@ class CudaKernels:
         scale = np.pad(np.float32(input_scale) * weight_scale, padding)
         aligned = [memory.take(as_bytes(x)) for x in (block_weight(weight), offset, scale, np.pad(bias, padding))]
         shape = (*a.shape[:-1], outputs) if residual is None else residual.shape
-        output = Output(memory, shape, np.float32 if quantizer is None else np.uint8, self.shift)
+        float_type = np.dtype(np.float32) if residual is None else residual.dtype
+        output = Output(memory, shape, float_type if quantizer is None else np.uint8, self.shift)
         arguments = Linear(
             int(np.prod(a.shape[:-1])), inputs, outputs, self.put(memory, a), *aligned,
             ("none", "gelu").index(activation),
@@ -145,7 +147,7 @@ class CudaKernels:
             0 if rows is None else rows.size, None if rows is None else self.put(memory, rows),
             None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), output.address,
         )  # fmt: skip
-        assert self.call("linear", arguments, TILES[tile]) == OK
+        assert self.call("linear", arguments, FLOAT_TYPES[float_type.name], TILES[tile]) == OK
         return output.array()
 
     def attention(

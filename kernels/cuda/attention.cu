@@ -44,7 +44,7 @@ struct AttentionParameters {
   mptqc_attention a;
   AttentionLayout layout;
   QuantizerConstants probability;
-  Output output;
+  DeviceOutput output;
   int query_unit, key_unit;  // of copy_codes
 };
 
@@ -376,7 +376,7 @@ mptqc_status start(const mptqc_attention& a, void* stream) {
   const AttentionParameters parameters = {a,
                                           layout,
                                           QuantizerConstants(a.probability),
-                                          Output(a.quantizer, a.output),
+                                          {Output(a.quantizer, a.output), MPTQC_FLOAT32},
                                           unit_of(a.q, a.width),
                                           unit_of(a.k, a.width)};
   const int64_t blocks =

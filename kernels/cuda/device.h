@@ -18,12 +18,14 @@
 // A kernel of at most `threads` a block, of which a multiprocessor is to hold `blocks` at a time.
 #define MPTQC_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MPTQC_DEVICE __device__ __forceinline__
+#define MPTQC_UNROLL_TWICE _Pragma("unroll 2")
 
 namespace mptqc {
 
 MPTQC_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MPTQC_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
 MPTQC_DEVICE void sync_threads() { __syncthreads(); }
+MPTQC_DEVICE void sync_warp() { __syncwarp(); }
 
 // The block's shared memory.
 MPTQC_DEVICE uint8_t* shared_memory() {
@@ -67,15 +69,15 @@ MPTQC_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
                : "memory");
 }
 
-// sums[16, 8] += a[16, 32] * b[32, 8] on the tensor cores. With row = lane / 4 and quad = lane % 4, a lane holds
+// sums[16, 8] += a[16, 32] * b[32, 8] on the tensor cores; b is of unsigned codes, a of signed ones or not. With row = lane / 4 and quad = lane % 4, a lane holds
 //   a[i]: row + 8 * (i % 2), inputs 4 * quad + 16 * (i / 2) and the next three
 //   b[i]: column lane / 4, the same inputs with i instead of i / 2
 //   sums[i]: row + 8 * (i / 2), column 2 * quad + i % 2
-template <bool kSignedB>
+template <bool kSignedA>
 MPTQC_DEVICE void multiply_add(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kSignedB) {
+  if constexpr (kSignedA) {
     asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};\n"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -86,6 +88,24 @@ MPTQC_DEVICE void multiply_add(int32_t (&sums)[4], const uint32_t (&a)[4], uint3
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// IEEE binary16.
+struct Half {
+  uint16_t bits;
+};
+
+MPTQC_DEVICE float to_float(Half half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(x) : "h"(half.bits));
+  return x;
+}
+
+// To the nearest, ties to even; infinity from 65520 on.
+MPTQC_DEVICE Half to_half(float x) {
+  Half half;
+  asm("cvt.rn.f16.f32 %0, %1;\n" : "=h"(half.bits) : "f"(x));
+  return half;
 }
 
 // The value of the lane whose number differs in the bits of `mask`.

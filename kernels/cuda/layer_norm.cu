@@ -12,6 +12,8 @@ struct LayerNormParameters {
   QuantizerConstants quantizer;
 };
 
+bool is_multiple(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
 MPTQC_DEVICE float sum_of_warp(float x) {
   MPTQC_UNROLL
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += exchange(x, mask);
@@ -28,20 +30,20 @@ MPTQC_DEVICE uint8_t normalized(const LayerNormParameters& p, float centred, flo
   return static_cast<uint8_t>(codes_of<Lane>(p.quantizer, y));
 }
 
-// Rows of at most 128 * kParts channels, a multiple of 4, each beginning on 16 bytes.
-template <int kParts>
+// Rows of at most 128 * kParts channels of type T, a multiple of 4, each beginning on as many bytes as 4 channels take.
+template <class T, int kParts>
 MPTQC_KERNEL(kWarps* kWarp, 4)
 layer_norm_in_registers(const LayerNormParameters p) {
   const int64_t row = block_index() * kWarps + thread_index() / kWarp;
   const int lane = thread_index() % kWarp;
   if (row >= p.a.rows) return;
-  const float* from = p.a.input + source_row(p.a, row) * p.a.width;
+  const T* from = reinterpret_cast<const T*>(p.a.input) + source_row(p.a, row) * p.a.width;
   Floats4 x[kParts];
   float total = 0;
   MPTQC_UNROLL
   for (int i = 0; i < kParts; ++i) {
     const int64_t channel = kVector * (kWarp * i + lane);
-    x[i] = channel < p.a.width ? *reinterpret_cast<const Floats4*>(from + channel) : Floats4{};
+    x[i] = channel < p.a.width ? load_floats(reinterpret_cast<const typename FloatsOf<T>::Four*>(from + channel)) : Floats4{};
     total += (x[i].value[0] + x[i].value[1]) + (x[i].value[2] + x[i].value[3]);
   }
   const float width = static_cast<float>(p.a.width), mean = sum_of_warp(total) / width;
@@ -68,24 +70,40 @@ layer_norm_in_registers(const LayerNormParameters p) {
   }
 }
 
+template <class T>
 MPTQC_KERNEL(kWarps* kWarp, 4)
 layer_norm_of_any_width(const LayerNormParameters p) {
   const int64_t row = block_index() * kWarps + thread_index() / kWarp;
   const int lane = thread_index() % kWarp;
   if (row >= p.a.rows) return;
-  const float* from = p.a.input + source_row(p.a, row) * p.a.width;
+  const T* from = reinterpret_cast<const T*>(p.a.input) + source_row(p.a, row) * p.a.width;
   const float width = static_cast<float>(p.a.width);
   float total = 0, squares = 0;
-  for (int64_t channel = lane; channel < p.a.width; channel += kWarp) total += from[channel];
+  for (int64_t channel = lane; channel < p.a.width; channel += kWarp) total += load_float(from + channel);
   const float mean = sum_of_warp(total) / width;
   for (int64_t channel = lane; channel < p.a.width; channel += kWarp) {
-    const float centred = from[channel] - mean;
+    const float centred = load_float(from + channel) - mean;
     squares = fmaf(centred, centred, squares);
   }
   const float factor = 1.0f / sqrtf(sum_of_warp(squares) / width + p.a.epsilon);
   for (int64_t channel = lane; channel < p.a.width; channel += kWarp) {
-    p.a.output[row * p.a.width + channel] = normalized(p, from[channel] - mean, factor, channel);
+    p.a.output[row * p.a.width + channel] = normalized(p, load_float(from + channel) - mean, factor, channel);
   }
+}
+
+template <class T>
+mptqc_status start(const mptqc_layer_norm& a, void* stream) {
+  const LayerNormParameters parameters = {a, QuantizerConstants(a.quantizer)};
+  const auto run = [&](void (*kernel)(LayerNormParameters)) {
+    return launch(kernel, ceil_divide(a.rows, kWarps), kWarps * kWarp, 0, stream, parameters);
+  };
+  const bool vectors = a.width % kVector == 0 && is_multiple(a.input, kVector * sizeof(T)) &&
+                       is_multiple(a.output, sizeof(Codes4));
+  const int64_t parts = ceil_divide(a.width, kVector * kWarp);
+  if (!vectors || parts > 16) return run(layer_norm_of_any_width<T>);
+  if (parts <= 3) return run(layer_norm_in_registers<T, 3>);
+  if (parts <= 6) return run(layer_norm_in_registers<T, 6>);
+  return run(layer_norm_in_registers<T, 16>);
 }
 
 }  // namespace
@@ -93,18 +111,8 @@ layer_norm_of_any_width(const LayerNormParameters p) {
 
 using namespace mptqc;
 
-mptqc_status mptqc_cuda_layer_norm(const mptqc_layer_norm* arguments, void* stream) {
+mptqc_status mptqc_cuda_layer_norm(const mptqc_layer_norm* arguments, mptqc_cuda_float type, void* stream) {
   const mptqc_layer_norm& a = *arguments;
   if (!is_sound(a)) return MPTQC_INVALID_ARGUMENT;
-  const LayerNormParameters parameters = {a, QuantizerConstants(a.quantizer)};
-  const auto start = [&](void (*kernel)(LayerNormParameters)) {
-    return launch(kernel, ceil_divide(a.rows, kWarps), kWarps * kWarp, 0, stream, parameters);
-  };
-  const bool vectors = a.width % kVector == 0 && reinterpret_cast<uintptr_t>(a.input) % sizeof(Floats4) == 0 &&
-                       reinterpret_cast<uintptr_t>(a.output) % sizeof(Codes4) == 0;
-  const int64_t parts = ceil_divide(a.width, kVector * kWarp);
-  if (!vectors || parts > 16) return start(layer_norm_of_any_width);
-  if (parts <= 3) return start(layer_norm_in_registers<3>);
-  if (parts <= 6) return start(layer_norm_in_registers<6>);
-  return start(layer_norm_in_registers<16>);
+  return type == MPTQC_FLOAT16 ? start<Half>(a, stream) : start<float>(a, stream);
 }

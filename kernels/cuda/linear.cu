@@ -1,5 +1,5 @@
-// Linear: an integer product on the tensor cores; scale, bias, activation, residual and quantizer on the sums while they
-// are in registers.
+// Linear: an integer product on the tensor cores; scale, bias, activation, residual and quantizer on the sums before
+// they leave the multiprocessor.
 //
 // A block makes one tile of outputs. Inputs and weight stream through shared memory in stages of 64 inputs, copied in
 // the background; each warp multiplies its part of the tile.
@@ -21,72 +21,124 @@ struct LinearTile {
   static constexpr int kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kThreads = kRows / kWarpRows * kWarpsAcross * kWarp;
   static constexpr int kLeftBytes = kRows * kDepth, kStageBytes = kLeftBytes + kColumns * kDepth;
-  static constexpr int kProductRows = kWarpRows / 16, kSpans = kWarpColumns / kSpan;
+  static constexpr int kWarpSumBytes = kWarpRows * kWarpColumns * 4;
+  static_assert(kThreads / kWarp * kWarpSumBytes <= kStages * kStageBytes, "sums take the place of the stages");
+  static constexpr int kRowTiles = kWarpRows / 8, kSpans = kWarpColumns / kSpan;
 };
 using LargeTile = LinearTile<128, 128, 64, 64, 4, 2>;
 using SmallTile = LinearTile<64, 64, 32, 32, 4, 4>;
 
 struct LinearParameters {
   mptqc_linear a;
-  Output output;
+  DeviceOutput output;
 };
 
 // Where codes 16 * chunk .. + 15 of a row of inputs lie, in chunks: the 8 rows of a matrix hit all banks once.
 MPTQC_DEVICE int left_chunk(int row, int chunk) { return row * kLeftChunks + (chunk ^ ((row >> 1) & 3)); }
 
+// Where the chunk of inputs 4 * group .. + 3 and outputs 4 * quad .. + 3 of the weight lies, in chunks. Lanes read half
+// chunks, the first or second by their quad's parity: the sixteen that read together hit all banks once.
+MPTQC_DEVICE int spread_bits(int x) { return (x & 1) << 2 | (x >> 1 & 1); }
+template <class T>
+MPTQC_DEVICE int weight_chunk(int group, int quad) {
+  return group * (T::kColumns / 4) + (quad ^ spread_bits(group & 3));
+}
+
+// What one thread copies of each stage: the same inputs of every few rows, and of every few blocks of the weight. All that
+// does not change from stage to stage is worked out once, for the tensor cores wait for every other instruction.
+template <class T, int kUnit>
+struct Copier {
+  static constexpr int kBlockChunks = kDepth;  // 16 columns, 16 bytes a chunk: as many as there are inputs
+  static constexpr int kRowsApart = T::kThreads / kLeftChunks, kRowCopies = T::kRows / kRowsApart;
+  static constexpr int kBlocksApart = T::kThreads / kBlockChunks, kBlockCopies = T::kColumns / 16 / kBlocksApart;
+  static_assert(kRowsApart % 8 == 0 && kBlocksApart % 2 == 0, "copies of a thread lie alike");
+
+  const int64_t inputs, groups;
+  const uint8_t* row;     // the thread's first
+  const int8_t* chunk;    // of the first stage and the thread's first block
+  int column, group;      // of the first stage
+  int rows, blocks;       // how many of its copies there are
+  int left, right;        // where its first copies go in a stage
+
+  MPTQC_DEVICE Copier(const mptqc_linear& a, int64_t first_row, int64_t first_column)
+      : inputs(a.inputs), groups((a.inputs + 3) / 4) {
+    const int thread = thread_index();
+    const int own_row = thread / kLeftChunks, own_chunk = thread % kLeftChunks;
+    column = kChunk * own_chunk;
+    rows = count(a.rows - first_row, own_row, kRowsApart);
+    row = a.input + (rows > 0 ? first_row + own_row : 0) * a.inputs;
+    left = left_chunk(own_row, own_chunk) * kChunk;
+
+    const int own_block = thread / kBlockChunks, quad = thread % 4;
+    group = thread % kBlockChunks / 4;
+    blocks = count((a.outputs + 15) / 16 - first_column / 16, own_block, kBlocksApart);
+    const int64_t block = blocks > 0 ? first_column / 16 + own_block : 0;
+    chunk = a.weight + (block * groups + (group < groups ? group : 0)) * kBlockBytes + quad * kChunk;
+    right = T::kLeftBytes + weight_chunk<T>(group, 4 * own_block + quad) * kChunk;
+  }
+
+  // How many of first, first + apart, ... lie below `end`.
+  MPTQC_DEVICE static int count(int64_t end, int first, int apart) {
+    constexpr int64_t most = 128;  // more than a thread copies
+    const int64_t found = (end - first + apart - 1) / apart;
+    return end <= first ? 0 : static_cast<int>(found < most ? found : most);
+  }
+
+  // Copies inputs `depth` .. + 63 of the block's rows and columns.
+  MPTQC_DEVICE void load(int depth, uint8_t* stage) const {
+    MPTQC_UNROLL
+    for (int i = 0; i < kRowCopies; ++i) {
+      constexpr int bytes_apart = kRowsApart * kLeftChunks * kChunk;
+      const bool valid = i < rows;
+      const uint8_t* from = valid ? row + i * (kRowsApart * inputs) : row;
+      copy_codes(stage + left + i * bytes_apart, from, depth + column, inputs, valid, kUnit);
+    }
+    const bool inside = depth / 4 + group < groups;
+    const int8_t* from = inside ? chunk + depth / 4 * kBlockBytes : chunk;
+    MPTQC_UNROLL
+    for (int i = 0; i < kBlockCopies; ++i) {
+      const bool valid = inside && i < blocks;
+      const int8_t* own = valid ? from + i * (kBlocksApart * groups * kBlockBytes) : from;
+      copy_async<16>(stage + right + i * (4 * kBlocksApart * kChunk), own, valid);
+    }
+  }
+};
+
 template <class T, int kUnit>
 struct LinearBlock {
   const mptqc_linear& a;
-  const Output& output;
+  const DeviceOutput& output;
   const int64_t first_row, first_column;
   uint8_t* const stages;
 
-  // Copies inputs `depth` .. + 63 of the block's rows and columns.
-  MPTQC_DEVICE void load(int64_t depth, uint8_t* stage) const {
-    MPTQC_UNROLL
-    for (int i = thread_index(); i < T::kRows * kLeftChunks; i += T::kThreads) {
-      const int row = i / kLeftChunks, chunk = i % kLeftChunks;
-      const bool valid = first_row + row < a.rows;
-      const uint8_t* from = a.input + (valid ? first_row + row : 0) * a.inputs;
-      copy_codes(stage + left_chunk(row, chunk) * kChunk, from, depth + chunk * kChunk, a.inputs, valid, kUnit);
-    }
-    const int64_t groups = (a.inputs + 3) / 4, blocks = (a.outputs + 15) / 16;
-    uint8_t* const right = stage + T::kLeftBytes;
-    constexpr int stage_groups = kDepth / 4, block_chunks = 4 * stage_groups;
-    MPTQC_UNROLL
-    for (int i = thread_index(); i < T::kColumns / 16 * block_chunks; i += T::kThreads) {
-      const int block = i / block_chunks, group = i % block_chunks / 4, quad = i % 4;
-      const int64_t weight_block = first_column / 16 + block, weight_group = depth / 4 + group;
-      const bool valid = weight_block < blocks && weight_group < groups;
-      const int64_t at = valid ? (weight_block * groups + weight_group) * 64 + quad * kChunk : 0;
-      copy_async<16>(right + right_chunk<T::kColumns>(group, 4 * block + quad) * kChunk, a.weight + at, valid);
-    }
-  }
+  // sums[t][j][p][2 * n + r] of lane 4g + q: row 8t + 2q + r, column 32j + 4g + 2h + n, where h = p, or 1 - p if g is odd.
+  using Sums = int32_t[T::kRowTiles][T::kSpans][2][4];
 
-  using Sums = int32_t[T::kProductRows][T::kSpans][kSpanProducts][4];
-
-  // Adds the products of one stage.
-  MPTQC_DEVICE static void multiply(Sums& sums, const uint8_t* stage, int warp_row, int warp_column, int lane) {
+  // Adds the products of one stage. The weight is the left operand, its columns are rows of the product: so that what a
+  // lane reads of it lies in registers as the product wants it. `left` and `right` are where the lane's first codes lie;
+  // the others lie a constant further, but that the second step's inputs have the other half of their chunks.
+  MPTQC_DEVICE static void multiply(Sums& sums, const uint8_t* stage, int left, int right) {
     MPTQC_UNROLL
     for (int step = 0; step < kDepth / kStep; ++step) {
-      uint32_t left[T::kProductRows][4];
-      Words4 right[T::kSpans][2];
+      uint32_t weight[T::kSpans][2][4], input[T::kRowTiles / 2][4];
       MPTQC_UNROLL
-      for (int i = 0; i < T::kProductRows; ++i) {
-        const int row = warp_row + 16 * i + lane % 16, chunk = 2 * step + lane / 16;
-        load_matrices(left[i], stage + left_chunk(row, chunk) * kChunk);
+      for (int i = 0; i < T::kRowTiles / 2; ++i) {
+        load_matrices(input[i], stage + (left ^ step * 2 * kChunk) + i * 16 * kDepth);
       }
       MPTQC_UNROLL
-      for (int j = 0; j < T::kSpans; ++j) {
-        load_right<T::kColumns>(right[j], stage + T::kLeftBytes, step, warp_column / kSpan + j, lane);
+      for (int i = 0; i < T::kSpans * 2 * 2; ++i) {
+        const int j = i / 4, p = i / 2 % 2, half = i % 2;
+        const int chunks = (8 * step + 4 * half) * (T::kColumns / 4) + j * (kSpan / 4);
+        const auto words = *reinterpret_cast<const Words2*>(stage + (right ^ p * kChunk / 2) + chunks * kChunk);
+        weight[j][p][2 * half] = words.word[0];
+        weight[j][p][2 * half + 1] = words.word[1];
       }
       MPTQC_UNROLL
-      for (int j = 0; j < T::kSpans; ++j)
-        MPTQC_UNROLL
-        for (int p = 0; p < kSpanProducts; ++p)
-          MPTQC_UNROLL
-          for (int i = 0; i < T::kProductRows; ++i)
-            multiply_add<true>(sums[i][j][p], left[i], right[j][0].word[p], right[j][1].word[p]);
+      for (int i = 0; i < T::kRowTiles * T::kSpans * 2; ++i) {
+        const int p = i % 2, j = i / 2 % T::kSpans, t = i / 2 / T::kSpans;
+        const uint32_t* const codes = input[t / 2] + t % 2 * 2;
+        multiply_add<true>(sums[t][j][p], weight[j][p], codes[0], codes[1]);
+      }
     }
   }
 
@@ -95,83 +147,120 @@ struct LinearBlock {
     return row - row % a.table_size + a.table[row % a.table_size];
   }
 
-  // Columns `column` .. + 7 of the warp's rows.
-  MPTQC_DEVICE void finish(const Sums& sums, int j, int64_t row, int64_t column) const {
-    float scale[kLaneColumns], bias[kLaneColumns], multiplier[kLaneColumns];
-    int32_t offset[kLaneColumns];
+  // Where the sums of columns 4 * chunk .. + 3 of a row of the warp's tile lie, in chunks: as lanes write half chunks of
+  // every other row, and read whole ones of one row or two, all banks are hit once.
+  MPTQC_DEVICE static int sum_chunk(int row, int chunk) {
+    return row * (T::kWarpColumns / 4) + (chunk ^ spread_bits(row >> 1 & 3) ^ (row & 1) ^ (chunk >> 3 & 1));
+  }
+
+  // Puts the sums into the warp's shared memory, row by row: from there a short loop makes outputs of them, where code
+  // for every register of sums would be longer than any instruction cache.
+  MPTQC_DEVICE static void spread(const Sums& sums, uint8_t* tile, int lane) {
     MPTQC_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const auto scales = reinterpret_cast<const Floats4*>(a.scale + column)[half];
-      const auto biases = reinterpret_cast<const Floats4*>(a.bias + column)[half];
-      const auto offsets = reinterpret_cast<const Ints4*>(a.offset + column)[half];
-      const auto multipliers = a.multiplier == nullptr
-                                   ? Floats4{{1, 1, 1, 1}}
-                                   : reinterpret_cast<const Floats4*>(a.multiplier + column)[half];
+    for (int i = 0; i < T::kRowTiles * 2 * T::kSpans; ++i) {
+      const int j = i % T::kSpans, r = i / T::kSpans % 2, t = i / T::kSpans / 2;
+      const int row = 8 * t + 2 * (lane % 4) + r, quad = lane / 4;
+      uint8_t* const chunk = tile + sum_chunk(row, kSpan / 4 * j + quad) * kChunk;
       MPTQC_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        scale[4 * half + i] = scales.value[i];
-        bias[4 * half + i] = biases.value[i];
-        offset[4 * half + i] = offsets.value[i];
-        multiplier[4 * half + i] = multipliers.value[i];
+      for (int p = 0; p < 2; ++p) {
+        const auto& s = sums[t][j][p];
+        *reinterpret_cast<Ints2*>(chunk + (p ^ (quad & 1)) * (kChunk / 2)) = {{s[r], s[2 + r]}};
       }
     }
-    MPTQC_UNROLL
-    for (int i = 0; i < 2 * T::kProductRows; ++i) {
-      const int64_t from = row + 8 * i;
+  }
+
+  // What the sums of eight columns need to become outputs.
+  struct Columns {
+    float scale[kLaneColumns], bias[kLaneColumns], multiplier[kLaneColumns];
+    int32_t offset[kLaneColumns];
+
+    MPTQC_DEVICE Columns(const mptqc_linear& a, int64_t column) {
+      MPTQC_UNROLL
+      for (int i = 0; i < kLaneColumns; i += 4) {
+        const auto scales = *reinterpret_cast<const Floats4*>(a.scale + column + i);
+        const auto biases = *reinterpret_cast<const Floats4*>(a.bias + column + i);
+        const auto offsets = *reinterpret_cast<const Ints4*>(a.offset + column + i);
+        Floats4 multipliers = {{1, 1, 1, 1}};
+        if (a.multiplier != nullptr) multipliers = *reinterpret_cast<const Floats4*>(a.multiplier + column + i);
+        MPTQC_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          scale[i + k] = scales.value[k];
+          bias[i + k] = biases.value[k];
+          multiplier[i + k] = multipliers.value[k];
+          offset[i + k] = offsets.value[k];
+        }
+      }
+    }
+  };
+
+  // Makes outputs of the warp's sums: a lane has eight columns of every few rows.
+  MPTQC_DEVICE void finish(const uint8_t* tile, int64_t warp_row, int64_t warp_column, int lane) const {
+    constexpr int across = T::kWarpColumns / kLaneColumns, down = kWarp / across;
+    const int eight = lane % across;
+    const int64_t column = first_column + warp_column + kLaneColumns * eight, count = a.outputs - column;
+    if (count <= 0) return;
+    const Columns columns(a, column);
+    MPTQC_UNROLL_TWICE
+    for (int row = lane / across; row < T::kWarpRows; row += down) {
+      const int64_t from = first_row + warp_row + row;
       if (from >= a.rows) continue;
       float y[kLaneColumns];
       MPTQC_UNROLL
-      for (int c = 0; c < kLaneColumns; ++c) {
-        const int32_t sum = sums[i / 2][j][c % 4][2 * (i % 2) + c / 4];
-        y[c] = static_cast<float>(sum + offset[c]) * scale[c] + bias[c];
-        if (a.activation == MPTQC_GELU) y[c] = gelu<Lane>(y[c]);
-        y[c] *= multiplier[c];
+      for (int half = 0; half < 2; ++half) {
+        const auto sums = *reinterpret_cast<const Ints4*>(tile + sum_chunk(row, 2 * eight + half) * kChunk);
+        MPTQC_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const int c = 4 * half + k;
+          y[c] = static_cast<float>(sums.value[k] + columns.offset[c]) * columns.scale[c] + columns.bias[c];
+        }
       }
-      const int64_t index = target_row(from) * a.outputs + column, count = a.outputs - column;
-      if (a.residual != nullptr) add_residual(y, a.residual + index, count);
+      if (a.activation == MPTQC_GELU) {
+        MPTQC_UNROLL
+        for (int c = 0; c < kLaneColumns; ++c) y[c] = gelu<Lane>(y[c]);
+      }
+      if (a.multiplier != nullptr) {
+        MPTQC_UNROLL
+        for (int c = 0; c < kLaneColumns; ++c) y[c] *= columns.multiplier[c];
+      }
+      const int64_t index = target_row(from) * a.outputs + column;
+      if (a.residual != nullptr) add_residual(y, index, count);
       write_eight(output, index, y, count);
     }
   }
 
-  MPTQC_DEVICE static void add_residual(float (&y)[kLaneColumns], const float* residual, int64_t count) {
-    if (count >= kLaneColumns && is_aligned(residual, 16)) {
-      MPTQC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const auto added = reinterpret_cast<const Floats4*>(residual)[half];
-        MPTQC_UNROLL
-        for (int i = 0; i < 4; ++i) y[4 * half + i] += added.value[i];
-      }
-      return;
-    }
-    MPTQC_UNROLL
-    for (int i = 0; i < kLaneColumns; ++i)
-      if (i < count) y[i] += residual[i];
+  MPTQC_DEVICE void add_residual(float (&y)[kLaneColumns], int64_t index, int64_t count) const {
+    if (output.type == MPTQC_FLOAT16) return add_eight(y, reinterpret_cast<const Half*>(a.residual) + index, count);
+    add_eight(y, a.residual + index, count);
   }
 
   MPTQC_DEVICE void run() const {
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
     const int warp_row = warp / T::kWarpsAcross * T::kWarpRows;
     const int warp_column = warp % T::kWarpsAcross * T::kWarpColumns;
-    const int64_t depths = (a.inputs + kDepth - 1) / kDepth;
+    const int quad = lane / 4;
+    const int left = left_chunk(warp_row + lane / 16 * 8 + lane % 8, lane / 8 % 2) * kChunk;
+    const int right = T::kLeftBytes + weight_chunk<T>(lane % 4, warp_column / 4 + quad) * kChunk + quad % 2 * kChunk / 2;
+    const int depths = static_cast<int>((a.inputs + kDepth - 1) / kDepth);
+    const Copier<T, kUnit> copier(a, first_row, first_column);
     Sums sums = {};
     MPTQC_UNROLL
     for (int stage = 0; stage < T::kStages - 1; ++stage) {
-      if (stage < depths) load(int64_t{kDepth} * stage, stages + stage * T::kStageBytes);
+      if (stage < depths) copier.load(kDepth * stage, stages + stage * T::kStageBytes);
       commit_copies();
     }
-    for (int64_t depth = 0; depth < depths; ++depth) {
+    for (int depth = 0; depth < depths; ++depth) {
       wait_copies<T::kStages - 2>();
       sync_threads();  // this stage is there, and all warps are done with the one that the next copies overwrite
-      const int64_t next = depth + T::kStages - 1;
-      if (next < depths) load(kDepth * next, stages + next % T::kStages * T::kStageBytes);
+      const int next = depth + T::kStages - 1;
+      if (next < depths) copier.load(kDepth * next, stages + next % T::kStages * T::kStageBytes);
       commit_copies();
-      multiply(sums, stages + depth % T::kStages * T::kStageBytes, warp_row, warp_column, lane);
+      multiply(sums, stages + depth % T::kStages * T::kStageBytes, left, right);
     }
-    MPTQC_UNROLL
-    for (int j = 0; j < T::kSpans; ++j) {
-      const int64_t column = first_column + warp_column + kSpan * j + kLaneColumns * (lane % 4);
-      if (column < a.outputs) finish(sums, j, first_row + warp_row + lane / 4, column);
-    }
+    sync_threads();  // all warps are done with the stages
+    uint8_t* const tile = stages + warp * T::kWarpSumBytes;
+    spread(sums, tile, lane);
+    sync_warp();
+    finish(tile, warp_row, warp_column, lane);
   }
 };
 
@@ -190,8 +279,8 @@ int64_t tiles(const mptqc_linear& a) {
 }
 
 template <class T, int kUnit>
-mptqc_status start(const mptqc_linear& a, void* stream) {
-  const LinearParameters parameters = {a, Output(a.quantizer, a.output)};
+mptqc_status start(const mptqc_linear& a, mptqc_cuda_float type, void* stream) {
+  const LinearParameters parameters = {a, {Output(a.quantizer, a.output), type}};
   return launch(linear<T, kUnit>, tiles<T>(a), T::kThreads, size_t{T::kStages} * T::kStageBytes, stream, parameters);
 }
 
@@ -204,7 +293,7 @@ bool multiple_of(const mptqc_linear& a, int bytes) {
 
 using namespace mptqc;
 
-mptqc_status mptqc_cuda_linear(const mptqc_linear* arguments, mptqc_cuda_tile tile, void* stream) {
+mptqc_status mptqc_cuda_linear(const mptqc_linear* arguments, mptqc_cuda_float type, mptqc_cuda_tile tile, void* stream) {
   const mptqc_linear& a = *arguments;
   const auto is_vector = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunk == 0; };
   if (!is_sound(a) || !is_vector(a.weight) || !is_vector(a.offset) || !is_vector(a.scale) || !is_vector(a.bias) ||
@@ -212,8 +301,8 @@ mptqc_status mptqc_cuda_linear(const mptqc_linear* arguments, mptqc_cuda_tile ti
     return MPTQC_INVALID_ARGUMENT;
   }
   const bool fills = tile == MPTQC_TILE_AUTO && tiles<LargeTile>(a) >= multiprocessors();
-  if (!multiple_of(a, 4)) return start<SmallTile, 1>(a, stream);
-  if (!multiple_of(a, 16)) return start<SmallTile, 4>(a, stream);
-  if (fills || tile == MPTQC_TILE_128X128) return start<LargeTile, 16>(a, stream);
-  return start<SmallTile, 16>(a, stream);
+  if (!multiple_of(a, 4)) return start<SmallTile, 1>(a, type, stream);
+  if (!multiple_of(a, 16)) return start<SmallTile, 4>(a, type, stream);
+  if (fills || tile == MPTQC_TILE_128X128) return start<LargeTile, 16>(a, type, stream);
+  return start<SmallTile, 16>(a, type, stream);
 }

@@ -24,11 +24,20 @@ struct alignas(4) Codes4 {
 struct alignas(8) Codes8 {
   uint8_t code[8];
 };
+struct alignas(8) Words2 {
+  uint32_t word[2];
+};
 struct alignas(16) Words4 {
   uint32_t word[4];
 };
 struct alignas(16) Floats4 {
   float value[4];
+};
+struct alignas(8) Halves4 {
+  Half value[4];
+};
+struct alignas(8) Ints2 {
+  int32_t value[2];
 };
 struct alignas(16) Ints4 {
   int32_t value[4];
@@ -83,31 +92,84 @@ MPTQC_DEVICE void copy_codes(uint8_t* to, const uint8_t* row, int64_t column, in
   *reinterpret_cast<Words4*>(to) = chunk;
 }
 
-// Writes the first `count` <= 8 of y, from element `index` of the output on.
-MPTQC_DEVICE void write_eight(const Output& output, int64_t index, const float (&y)[kLaneColumns], int64_t count) {
-  if (output.quantized) {
-    uint8_t* to = static_cast<uint8_t*>(output.data) + index;
-    Codes8 codes;
+// What a kernel writes: codes, or floats of either type.
+struct DeviceOutput : Output {
+  mptqc_cuda_float type;
+};
+
+MPTQC_DEVICE Floats4 load_floats(const Floats4* from) { return *from; }
+MPTQC_DEVICE Floats4 load_floats(const Halves4* from) {
+  const Halves4 half = *from;
+  return {{to_float(half.value[0]), to_float(half.value[1]), to_float(half.value[2]), to_float(half.value[3])}};
+}
+MPTQC_DEVICE void store_floats(Floats4* to, const float* y) { *to = {{y[0], y[1], y[2], y[3]}}; }
+MPTQC_DEVICE void store_floats(Halves4* to, const float* y) {
+  *to = {{to_half(y[0]), to_half(y[1]), to_half(y[2]), to_half(y[3])}};
+}
+MPTQC_DEVICE float load_float(const float* from) { return *from; }
+MPTQC_DEVICE float load_float(const Half* from) { return to_float(*from); }
+MPTQC_DEVICE void store_float(float* to, float y) { *to = y; }
+MPTQC_DEVICE void store_float(Half* to, float y) { *to = to_half(y); }
+
+template <class T>
+struct FloatsOf;
+template <>
+struct FloatsOf<float> {
+  using Four = Floats4;
+};
+template <>
+struct FloatsOf<Half> {
+  using Four = Halves4;
+};
+
+// Adds the first `count` <= 8 floats to y.
+template <class T>
+MPTQC_DEVICE void add_eight(float (&y)[kLaneColumns], const T* from, int64_t count) {
+  using Four = typename FloatsOf<T>::Four;
+  if (count >= kLaneColumns && is_aligned(from, sizeof(Four))) {
     MPTQC_UNROLL
-    for (int i = 0; i < kLaneColumns; ++i) codes.code[i] = static_cast<uint8_t>(codes_of<Lane>(output.quantizer, y[i]));
-    if (count >= kLaneColumns && is_aligned(to, 8)) {
-      *reinterpret_cast<Codes8*>(to) = codes;
-      return;
+    for (int half = 0; half < 2; ++half) {
+      const Floats4 added = load_floats(reinterpret_cast<const Four*>(from) + half);
+      MPTQC_UNROLL
+      for (int i = 0; i < 4; ++i) y[4 * half + i] += added.value[i];
     }
-    MPTQC_UNROLL
-    for (int i = 0; i < kLaneColumns; ++i)
-      if (i < count) to[i] = codes.code[i];
-    return;
-  }
-  float* to = static_cast<float*>(output.data) + index;
-  if (count >= kLaneColumns && is_aligned(to, 16)) {
-    reinterpret_cast<Floats4*>(to)[0] = {{y[0], y[1], y[2], y[3]}};
-    reinterpret_cast<Floats4*>(to)[1] = {{y[4], y[5], y[6], y[7]}};
     return;
   }
   MPTQC_UNROLL
   for (int i = 0; i < kLaneColumns; ++i)
-    if (i < count) to[i] = y[i];
+    if (i < count) y[i] += load_float(from + i);
+}
+
+template <class T>
+MPTQC_DEVICE void write_floats(T* to, const float (&y)[kLaneColumns], int64_t count) {
+  using Four = typename FloatsOf<T>::Four;
+  if (count >= kLaneColumns && is_aligned(to, sizeof(Four))) {
+    store_floats(reinterpret_cast<Four*>(to), y);
+    store_floats(reinterpret_cast<Four*>(to) + 1, y + 4);
+    return;
+  }
+  MPTQC_UNROLL
+  for (int i = 0; i < kLaneColumns; ++i)
+    if (i < count) store_float(to + i, y[i]);
+}
+
+// Writes the first `count` <= 8 of y, from element `index` of the output on.
+MPTQC_DEVICE void write_eight(const DeviceOutput& output, int64_t index, const float (&y)[kLaneColumns], int64_t count) {
+  if (!output.quantized) {
+    if (output.type == MPTQC_FLOAT16) return write_floats(static_cast<Half*>(output.data) + index, y, count);
+    return write_floats(static_cast<float*>(output.data) + index, y, count);
+  }
+  uint8_t* to = static_cast<uint8_t*>(output.data) + index;
+  Codes8 codes;
+  MPTQC_UNROLL
+  for (int i = 0; i < kLaneColumns; ++i) codes.code[i] = static_cast<uint8_t>(codes_of<Lane>(output.quantizer, y[i]));
+  if (count >= kLaneColumns && is_aligned(to, 8)) {
+    *reinterpret_cast<Codes8*>(to) = codes;
+    return;
+  }
+  MPTQC_UNROLL
+  for (int i = 0; i < kLaneColumns; ++i)
+    if (i < count) to[i] = codes.code[i];
 }
 
 }  // namespace mptqc

@@ -17,9 +17,15 @@ extern "C" {
 /* Outputs that one block of threads makes; AUTO takes LARGE where there is enough of them to fill the device. */
 typedef enum { MPTQC_TILE_AUTO = 0, MPTQC_TILE_64X64 = 1, MPTQC_TILE_128X128 = 2 } mptqc_cuda_tile;
 
+/* The type of the floats between operators. With FLOAT16, input of a layer norm, and residual and float output of a Linear,
+ * point to IEEE binary16; a kernel widens what it reads, computes as ever, and rounds what it writes to the nearest. */
+typedef enum { MPTQC_FLOAT32 = 0, MPTQC_FLOAT16 = 1 } mptqc_cuda_float;
+
 /* Each: MPTQC_INVALID_ARGUMENT if the record is not sound, MPTQC_CUDA_FAILURE if the launch failed. */
-MPTQC_EXPORT mptqc_status mptqc_cuda_layer_norm(const mptqc_layer_norm* arguments, void* stream);
-MPTQC_EXPORT mptqc_status mptqc_cuda_linear(const mptqc_linear* arguments, mptqc_cuda_tile tile, void* stream);
+MPTQC_EXPORT mptqc_status mptqc_cuda_layer_norm(
+    const mptqc_layer_norm* arguments, mptqc_cuda_float type, void* stream);
+MPTQC_EXPORT mptqc_status mptqc_cuda_linear(
+    const mptqc_linear* arguments, mptqc_cuda_float type, mptqc_cuda_tile tile, void* stream);
 MPTQC_EXPORT mptqc_status mptqc_cuda_attention(const mptqc_attention* arguments, void* stream);
 MPTQC_EXPORT mptqc_status mptqc_cuda_patches(const mptqc_patches* arguments, void* stream);
 

@@ -18,12 +18,29 @@ struct Signature {
   ElementType inputs[6];
 };
 
+// An operator on float16 in place of float32; X and, in a Linear, residual and output are what changes.
+template <class Operator>
+struct Half : Operator {
+  using Operator::Operator;
+};
+
+template <class Operator>
+constexpr ElementType kFloatType = kFloat;
+template <class Operator>
+constexpr ElementType kFloatType<Half<Operator>> = kFloat16;
+
 template <class Operator>
 constexpr Signature kSignature = {};
 template <>
 constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8, 4, 3, {kFloat, kFloat, kFloat, kInt64}};
 template <>
 constexpr Signature kSignature<Linear> = {"Linear", kFloat, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<Half<LayerNormQuantize>> = {
+    "LayerNormQuantize", kUint8, 4, 3, {kFloat16, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<Half<Linear>> = {
+    "Linear", kFloat16, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat16, kInt64}};
 template <>
 constexpr Signature kSignature<LinearQuantize> = {
     "LinearQuantize", kUint8, 5, 4, {kUint8, kInt8, kFloat, kFloat, kFloat}};
@@ -58,7 +75,7 @@ struct Kernel {
     return guarded(api, "", [&] {
       const Node node(api, info);
       try {
-        *kernel = new Kernel{api, Operator(node, Backend::choose())};
+        *kernel = new Kernel{api, Operator(node, Backend::choose(kFloatType<Operator>))};
       } catch (const std::invalid_argument& error) {
         throw std::invalid_argument("ai.mptqc " + std::string(kSignature<Operator>.name) + " " + node.name() + ": " +
                                     error.what());
@@ -112,6 +129,10 @@ Domain* domain(Api api) {
                                Kernel<AttentionQuantize>::record(), Kernel<QuantizePatches>::record()}) {
       check(api, api.add_operator(fresh, op));
     }
+    if constexpr (Backend::kHasFloat16) {
+      check(api, api.add_operator(fresh, Kernel<Half<LayerNormQuantize>>::record()));
+      check(api, api.add_operator(fresh, Kernel<Half<Linear>>::record()));
+    }
     made = fresh;
   }
   return made;
@@ -129,7 +150,7 @@ extern "C" MPTQC_EXPORT mptqc::ort::Status* RegisterCustomOps(
   }
   const Api api(table);
   return guarded(api, "ai.mptqc: ", [&] {
-    Backend::choose();
+    Backend::choose(kFloat);
     check(api, api.add_domain(options, domain(api)));
   });
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_kernels import (
+    FLOAT_TYPES,
     GUARD,
     INVALID_ARGUMENT,
     OK,
@@ -111,6 +112,41 @@ def test_linear_takes_arrays_at_any_address(kernels, shift, quantizer):
     assert np.array_equal(actual, expected)
 
 
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("tile", ["64x64", "128x128"])
+def test_a_residual_of_float16_makes_an_output_of_float16(kernels, shift, tile):
+    generator = np.random.default_rng(shift)
+    a, weight = codes(generator, 67, 48), codes(generator, 48, 140).view(np.int8)
+    scale, bias, residual = np.full(140, 1e-3, np.float32), floats(generator, 140), floats(generator, 67, 140) * 9
+    residual = residual.astype(np.float16)
+    residual[0, :2] = 65504, -65504  # + 16 is the first number that rounds to infinity
+    bias[:2] = 1e3, -15.9
+    scale[1] = 0
+    arguments = {"input_scale": 0.1, "input_zero_point": 3}
+    expected = ops.linear(a, weight, scale, bias, residual=residual.astype(np.float32), **arguments)
+    with np.errstate(over="ignore"):
+        expected = expected.astype(np.float16)
+    assert list(expected[0, :2]) == [np.inf, -65504]
+    actual = kernels.shifted(shift).linear(a, weight, scale, bias, residual=residual, tile=tile, **arguments)
+    assert actual.dtype == np.float16
+    assert np.array_equal(actual, expected)
+
+
+def test_every_float16_is_widened_and_narrowed(kernels):
+    """Behind a product of no terms: all of them, then what lies between neighbours and on the ties."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    bias = np.zeros(every.size, np.float32)
+    assert np.array_equal(of_bias(kernels, bias, residual=every[None]), every)
+    positive = np.sort(every[every > 0]).astype(np.float32)
+    tie = (positive[:-1] + positive[1:]) / 2
+    x = np.concatenate([tie, np.nextafter(tie, np.float32(0)), np.nextafter(tie, np.float32(1e9)), [1e-9, 7e4, 0]])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    assert np.array_equal(of_bias(kernels, x, residual=np.zeros((1, x.size), np.float16)), expected)
+
+
 @pytest.mark.parametrize("outputs", [37, 64])
 def test_linear_adds_the_residual_at_the_row_it_writes(kernels, outputs):
     generator = np.random.default_rng(1)
@@ -193,9 +229,10 @@ def test_quantizer_rounds_as_a_division_does(kernels, quantizer):
 @pytest.mark.parametrize(
     ("rows", "width"), [(0, 8), (1, 1), (3, 15), (33, 17), (5, 112), (6, 384), (5, 768), (3, 1024), (2, 2052)]
 )
-def test_layer_norm(kernels, shift, rows, width):
+@pytest.mark.parametrize("float_type", FLOAT_TYPES)
+def test_layer_norm(kernels, shift, rows, width, float_type):
     generator = np.random.default_rng(rows + width)
-    x = floats(generator, rows, width) * 3 + 1
+    x = (floats(generator, rows, width) * 3 + 1).astype(float_type)
     gamma, beta = floats(generator, width), floats(generator, width)
     y = ops.layer_norm(x, gamma, beta, 1e-6)
     size = (np.abs(ops.layer_norm(x, gamma, 0 * beta, 1e-6)) + np.abs(beta)).max(-1, keepdims=True, initial=0)
@@ -204,10 +241,11 @@ def test_layer_norm(kernels, shift, rows, width):
         assert_codes_of(actual, quantizer, y, ops.LAYER_NORM_TOLERANCE * size)
 
 
+@pytest.mark.parametrize("float_type", FLOAT_TYPES)
 @pytest.mark.parametrize("width", [24, 25])
-def test_layer_norm_moves_rows(kernels, width):
+def test_layer_norm_moves_rows(kernels, width, float_type):
     generator = np.random.default_rng(0)
-    x, ones, zeros = floats(generator, 3, 35, width), np.ones(width, np.float32), np.zeros(width, np.float32)
+    x, ones, zeros = floats(generator, 3, 35, width).astype(float_type), np.ones(width, np.float32), np.zeros(width, np.float32)
     rows = generator.permutation(35)
     straight = kernels.layer_norm(x, ones, zeros, 1e-6, UNIFORM)
     assert np.array_equal(kernels.layer_norm(x, ones, zeros, 1e-6, UNIFORM, rows), straight[:, rows])
@@ -311,7 +349,7 @@ def test_a_kernel_can_be_captured_into_a_graph(on_gpu):
     stream, graph, executable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     check(runtime.cudaStreamCreate(ctypes.byref(stream)))
     check(runtime.cudaStreamBeginCapture(stream, CAPTURE_OF_THIS_THREAD))
-    assert on_gpu.call("linear", record, TILES["128x128"], stream=stream) == OK
+    assert on_gpu.call("linear", record, FLOAT_TYPES["float32"], TILES["128x128"], stream=stream) == OK
     check(runtime.cudaStreamEndCapture(stream, ctypes.byref(graph)))
     assert (output.array().view(np.uint8) == GUARD).all()  # captured is not run
     check(runtime.cudaGraphInstantiate(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)))
@@ -324,11 +362,11 @@ def test_unsound_records_are_refused(kernels):
     one = c_quantizer(ops.CodeQuantizer(1.0, 0))
     unsound = ctypes.pointer(c_quantizer(ops.CodeQuantizer(0.0, 0)))
     linear = Linear(1, 1, 1, *[256] * 5, 0, None, None, 0, None, unsound, 256)
-    assert kernels.call("linear", linear, 0) == INVALID_ARGUMENT
+    assert kernels.call("linear", linear, 0, 0) == INVALID_ARGUMENT
     for place in range(4, 9):  # weight, offset, scale, bias, multiplier
         places = [257 if i == place else 256 for i in range(3, 9)]
         misplaced = Linear(1, 1, 1, *places[:5], 0, places[5], None, 0, None, None, 256)
-        assert kernels.call("linear", misplaced, 0) == INVALID_ARGUMENT
+        assert kernels.call("linear", misplaced, 0, 0) == INVALID_ARGUMENT
     none = Addend(None, 0, 0, 0)
     too_wide = Attention(1, 1, 1, 1, 513, 1, *[256] * 3, 0, 0, 0, 1.0, 1.0, none, none, 0, one, None, 256)
     assert kernels.call("attention", too_wide) == INVALID_ARGUMENT

@@ -30,7 +30,7 @@ void run_tasks(const Context& context, mptqc_isa isa, const Arguments& arguments
 
 }  // namespace
 
-Backend Backend::choose() {
+Backend Backend::choose(ElementType) {
   const char* name = std::getenv("MPTQC_ISA");
   mptqc_isa isa;
   if (mptqc_choose_isa(name, &isa) != MPTQC_OK) {

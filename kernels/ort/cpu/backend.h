@@ -12,6 +12,9 @@ class Backend {
  public:
   static constexpr const char* kProvider = "CPUExecutionProvider";
 
+  // Whether LayerNormQuantize and Linear exist for float16 too.
+  static constexpr bool kHasFloat16 = false;
+
   // Constants in the memory that the kernels read.
   template <class T>
   using Array = std::vector<T>;
@@ -29,8 +32,8 @@ class Backend {
     int64_t size_;
   };
 
-  // The implementation that MPTQC_ISA names, or the best one.
-  static Backend choose();
+  // The implementation that MPTQC_ISA names, or the best one; the operators' floats are float32.
+  static Backend choose(ElementType);
 
   void run(const Context& context, const mptqc_layer_norm& arguments) const;
   void run(const Context& context, const mptqc_linear& arguments) const;

@@ -2,8 +2,6 @@
 
 #include <string>
 
-#include "mptqc_cuda.h"
-
 namespace mptqc::ort {
 namespace {
 
@@ -14,17 +12,17 @@ void check(mptqc_status status) {
 
 }  // namespace
 
-Backend Backend::choose() {
+Backend Backend::choose(ElementType type) {
   require(mptqc_cuda_device_count() > 0, "there is no CUDA device, or its driver is older than CUDA 13");
-  return {};
+  return Backend(type == kFloat16 ? MPTQC_FLOAT16 : MPTQC_FLOAT32);
 }
 
 void Backend::run(const Context& context, const mptqc_layer_norm& arguments) const {
-  check(mptqc_cuda_layer_norm(&arguments, context.stream()));
+  check(mptqc_cuda_layer_norm(&arguments, type_, context.stream()));
 }
 
 void Backend::run(const Context& context, const mptqc_linear& arguments) const {
-  check(mptqc_cuda_linear(&arguments, MPTQC_TILE_AUTO, context.stream()));
+  check(mptqc_cuda_linear(&arguments, type_, MPTQC_TILE_AUTO, context.stream()));
 }
 
 void Backend::run(const Context& context, const mptqc_attention& arguments) const {

@@ -5,6 +5,7 @@
 
 #include "../node.h"
 #include "../../cuda/memory.h"
+#include "mptqc_cuda.h"
 
 namespace mptqc::ort {
 
@@ -15,6 +16,9 @@ class Backend {
 #else
   static constexpr const char* kProvider = "CUDAExecutionProvider";
 #endif
+
+  // Whether LayerNormQuantize and Linear exist for float16 too.
+  static constexpr bool kHasFloat16 = true;
 
   // Constants in the memory that the kernels read.
   template <class T>
@@ -37,13 +41,18 @@ class Backend {
     std::vector<T> content_;
   };
 
-  // Throws if there is no CUDA device.
-  static Backend choose();
+  // For operators whose floats are of this type; throws if there is no CUDA device.
+  static Backend choose(ElementType type);
 
   void run(const Context& context, const mptqc_layer_norm& arguments) const;
   void run(const Context& context, const mptqc_linear& arguments) const;
   void run(const Context& context, const mptqc_attention& arguments) const;
   void run(const Context& context, const mptqc_patches& arguments) const;
+
+ private:
+  explicit Backend(mptqc_cuda_float type) : type_(type) {}
+
+  mptqc_cuda_float type_;
 };
 
 }  // namespace mptqc::ort

@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -19,6 +20,7 @@
 
 #define MPTQC_KERNEL(threads, blocks) void
 #define MPTQC_DEVICE inline
+#define MPTQC_UNROLL_TWICE _Pragma("GCC unroll 2")
 
 namespace mptqc {
 namespace emulated {
@@ -178,6 +180,8 @@ inline void sync_threads() {
   emulated::meet(emulated::block->meeting, static_cast<int>(emulated::block->fibers.size()));
 }
 
+inline void sync_warp() { emulated::meet(emulated::warp().meeting, 32); }
+
 template <int kBytes>
 void copy_async(void* to, const void* from, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -210,7 +214,7 @@ inline void load_matrices(uint32_t (&words)[4], const void* row) {
   for (int i = 0; i < 4; ++i) std::memcpy(&words[i], rows[8 * i + lane / 4] + 4 * (lane % 4), 4);
 }
 
-template <bool kSignedB>
+template <bool kSignedA>
 void multiply_add(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
     uint8_t a[4][4], b[2][4];
@@ -226,9 +230,31 @@ void multiply_add(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint3
       const int word = k % 16 / 4, half = k / 16;
       const uint8_t left = all[row % 8 * 4 + word].a[row / 8 + 2 * half][k % 4];
       const uint8_t right = all[column * 4 + word].b[half][k % 4];
-      sums[i] += left * (kSignedB ? static_cast<int8_t>(right) : static_cast<int>(right));
+      sums[i] += (kSignedA ? static_cast<int8_t>(left) : static_cast<int>(left)) * right;
     }
   }
+}
+
+struct Half {
+  uint16_t bits;
+};
+
+inline float to_float(Half half) {
+  const int exponent = half.bits >> 10 & 31, fraction = half.bits & 1023;
+  float size = std::ldexp(static_cast<float>(exponent == 0 ? fraction : 1024 + fraction), std::max(exponent, 1) - 25);
+  if (exponent == 31) size = fraction == 0 ? INFINITY : NAN;
+  return half.bits >> 15 ? -size : size;
+}
+
+inline Half to_half(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::fabs(x);
+  if (!(size < 65520)) return {static_cast<uint16_t>(sign | (std::isnan(x) ? 0x7FFF : 0x7C00))};
+  int exponent = -13;
+  if (size > 0) std::frexp(size, &exponent);
+  exponent = std::max(exponent, -13);  // of the smallest normal number; below it steps stay as they are
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // 2048: the next exponent's first
+  return {static_cast<uint16_t>(sign | ((exponent + 13) * 1024 + steps))};
 }
 
 template <class T>
