@@ -176,22 +176,39 @@ struct AttentionBlock {
       }
     }
     const int32_t* key_offset = reinterpret_cast<const int32_t*>(shared + p.layout.key_offset);
+    const int count = count_from(part + column);
     MPTQC_UNROLL
     for (int t = 0; t < kSpanProducts; ++t) {
       MPTQC_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int at = column + 8 * t + 2 * (lane % 4) + i % 2;
-        const int64_t s = part + at;
-        const int32_t sum = sums[t][i] + key_offset[at] + row_offset[i / 2];
+        const int32_t sum = sums[t][i] + key_offset[column + column_of(t, i)] + row_offset[i / 2];
         const float total = kSteps > 0 ? small_to_float(sum) : static_cast<float>(sum);
-        float x = total * a().score_scale;
-        if (s < a().columns) {
-          if (added.bias[i / 2] != nullptr) x += added.bias[i / 2][s];
-          if (added.mask[i / 2] != nullptr) x += added.mask[i / 2][s];
-        }
-        score[t][i] = s < a().columns ? x : -INFINITY;
+        score[t][i] = total * a().score_scale;
       }
     }
+    if (added.bias[0] != nullptr) add(score, added.bias, part + column, count);
+    if (added.mask[0] != nullptr) add(score, added.mask, part + column, count);
+    MPTQC_UNROLL
+    for (int t = 0; t < kSpanProducts; ++t)
+      MPTQC_UNROLL
+      for (int i = 0; i < 4; ++i) score[t][i] = column_of(t, i) < count ? score[t][i] : -INFINITY;
+  }
+
+  // How many of the 32 columns from `column` on there are.
+  MPTQC_DEVICE int count_from(int64_t column) const {
+    return a().columns - column < kSpan ? static_cast<int>(a().columns - column) : kSpan;
+  }
+
+  // Of 32, that of score[t][i].
+  MPTQC_DEVICE int column_of(int t, int i) const { return 8 * t + 2 * (lane % 4) + i % 2; }
+
+  MPTQC_DEVICE void add(
+      float (&score)[kSpanProducts][4], const float* const (&rows)[2], int64_t column, int count) const {
+    MPTQC_UNROLL
+    for (int t = 0; t < kSpanProducts; ++t)
+      MPTQC_UNROLL
+      for (int i = 0; i < 4; ++i)
+        if (column_of(t, i) < count) score[t][i] += rows[i / 2][column + column_of(t, i)];
   }
 
   // Takes 8 scores of one row into its largest score and its sum of powers e^(score - largest).
@@ -229,14 +246,14 @@ struct AttentionBlock {
   MPTQC_DEVICE void add_context(Context& context, Context& value_sum, int32_t (&code_sum)[2],
                                 const float (&score)[kSpanProducts][4], const float (&largest)[2],
                                 const float (&quotient)[2], int64_t part, int column) const {
+    const int count = count_from(part + column);
     uint32_t left[4] = {};
     MPTQC_UNROLL
     for (int t = 0; t < kSpanProducts; ++t) {
       MPTQC_UNROLL
       for (int i = 0; i < 4; ++i) {
         const float steps_of_p = power(score[t][i], largest[i / 2]) * quotient[i / 2];
-        const bool there = part + column + 8 * t + 2 * (lane % 4) + i % 2 < a().columns;
-        const int32_t code = there ? codes_of_quotient<Lane>(p.probability, steps_of_p) : 0;
+        const int32_t code = column_of(t, i) < count ? codes_of_quotient<Lane>(p.probability, steps_of_p) : 0;
         code_sum[i / 2] += code;
         left[t / 2 * 2 + i / 2] |= static_cast<uint32_t>(code) << (8 * (t % 2 * 2 + i % 2));
       }
