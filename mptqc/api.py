@@ -170,7 +170,7 @@ def apply(
     return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
 
 
-def lower(model: str | Path, *, target: str = Target.CPU_NATIVE) -> CompileResult:
+def lower(model: str | Path, *, target: str = Target.CPU_NATIVE, float16: bool = True) -> CompileResult:
     """Write a compiled portable file with the operators of another target; needs neither the float model nor data.
 
     Raises:
@@ -182,7 +182,7 @@ def lower(model: str | Path, *, target: str = Target.CPU_NATIVE) -> CompileResul
         raise RecipeError(
             f"a compiled file cannot be lowered to {target!r}; the targets are {', '.join(LOWER_TARGETS)}"
         )
-    compiled = lower_compiled(Path(model), Target(target))
+    compiled = lower_compiled(Path(model), Target(target), float16=float16)
     return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
 
 

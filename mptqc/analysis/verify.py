@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mptqc.analysis.cpu_form import cpu_form
 from mptqc.analysis.site_check import EPSILON, SiteCheck, Values
 from mptqc.analysis.verify_native import check_native_numbers, check_native_weights
 from mptqc.analysis.verify_tensors import check_tensors
@@ -35,7 +36,7 @@ from mptqc.graph.verify import check_structure
 from mptqc.plan import ActivationQuantizer, QuantPlan
 from mptqc.reference.quantizers import dequantize, integer_linear, quantize
 from mptqc.runtime.fused_ops import INTEGER_MATMULS, graph_op_counts, matmul_counts
-from mptqc.runtime.session import PROVIDER_KEY, create_session
+from mptqc.runtime.session import create_session
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
     compiled = model if isinstance(model, ir.Model) else ir.load(model)
     check_structure(compiled, plan)
     products = find_integer_products(compiled)
-    proto = _for_cpu(compiled)
+    proto = cpu_form(compiled)
     native = native_nodes(compiled)
     _check_weights(products, plan)
     check_native_weights(native, plan)
@@ -109,15 +110,6 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
         logger.warning("%d products run as MatMulInteger, unfused and slower: %s", len(slow), ", ".join(slow[:5]))
     logger.info("verified %d integer products, worst site %s", len(checks), report.worst)
     return report
-
-
-def _for_cpu(compiled: ir.Model) -> onnx.ModelProto:
-    """The model for this check's sessions: operators of `ai.mptqc` mean the same on every provider."""
-    proto = ir.to_proto(compiled)
-    kept = [entry for entry in proto.metadata_props if entry.key != PROVIDER_KEY]
-    del proto.metadata_props[:]
-    proto.metadata_props.extend(kept)
-    return proto
 
 
 def _check_weights(products: Sequence[IntegerProduct], plan: QuantPlan) -> None:

@@ -73,6 +73,10 @@ def compile(
         bool | None,
         typer.Option("--gelu-folds/--no-gelu-folds", help="A scale per channel between GELU and fc2 (default: off)."),
     ] = None,
+    float16: Annotated[
+        bool | None,
+        typer.Option("--float16/--no-float16", help="Target cuda: float16 for what stays float (default: on)."),
+    ] = None,
     compensation: Annotated[
         bool | None,
         typer.Option(
@@ -165,6 +169,7 @@ def compile(
         "attention_folds": attention_folds,
         "row_scale": row_scale,
         "gelu_folds": gelu_folds,
+        "float16": float16,
         "compensation": compensation,
         "allocator": allocator,
     }

@@ -24,12 +24,15 @@ def lower(
             "(symmetric QDQ, untested).",
         ),
     ] = Target.CPU_NATIVE,
+    float16: Annotated[
+        bool, typer.Option("--float16/--no-float16", help="With target cuda, run what stays float in float16.")
+    ] = True,
 ) -> None:
     """Rewrite a compiled portable file with faster operators, without the float model."""
     if output.resolve() == model.resolve():
         raise RecipeError(f"-o {output} is the model itself; give another file")
     api.check_output(output)
-    result = api.lower(model, target=target)
+    result = api.lower(model, target=target, float16=float16)
     result.save(output)
     typer.echo(f"wrote {output}: {model.stat().st_size / 1e6:.2f} MB -> {output.stat().st_size / 1e6:.2f} MB")
     if Target(target).is_native:

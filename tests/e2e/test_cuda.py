@@ -1,5 +1,7 @@
 """Whole models for the CUDA provider, in ONNX Runtime on the emulated device: the real operators, kernels and glue."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,7 +15,7 @@ from mptqc.cli.app import main
 from mptqc.errors import ProviderError
 from mptqc.graph.native_nodes import native_nodes
 from mptqc.recipe import Target
-from mptqc.runtime.session import PROVIDER_KEY, create_session
+from mptqc.runtime.session import PROVIDER_KEY, Session, create_session
 
 QUICK = {
     "range_method": "min-max",
@@ -24,9 +26,24 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("model", ["vit", "swin"])
-def test_every_operator_gives_what_the_plan_means(compile_zoo, zoo_samples, emulated_library, model):
-    file = compile_zoo(model, "w4a4", **QUICK)
+def on_emulated_device(model: onnx.ModelProto, library: Path) -> Session:
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])  # noqa: TID251 - a library that create_session does not know
+
+
+CASES = [
+    ("vit", {}),
+    ("swin", {}),
+    ("vit", {"row_scale": True, "gelu_folds": True}),
+    ("swin", {"row_scale": True, "coverage": "full"}),
+]
+
+
+@pytest.mark.parametrize(("model", "options"), CASES)
+def test_every_operator_gives_what_the_plan_means(compile_zoo, zoo_samples, emulated_library, model, options):
+    file = compile_zoo(model, "w4a4", **QUICK, **options)
     lowered = api.lower(file.path, target="cuda").model
     images = next(zoo_samples("test").batches(1))
     proto = ir.to_proto(lowered)
@@ -37,9 +54,7 @@ def test_every_operator_gives_what_the_plan_means(compile_zoo, zoo_samples, emul
         del probing.graph.output[:]
         wanted = [name for name in dict.fromkeys(names) if name != proto.graph.input[0].name]
         probing.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-        options = ort.SessionOptions()
-        options.register_custom_ops_library(str(emulated_library))
-        session = ort.InferenceSession(probing.SerializeToString(), options, providers=["CPUExecutionProvider"])  # noqa: TID251 - a library that create_session does not know
+        session = on_emulated_device(probing, emulated_library)
         feeds = {proto.graph.input[0].name: images}
         return feeds | dict(zip(wanted, session.run(wanted, feeds), strict=True))
 
@@ -61,10 +76,30 @@ def test_lowering_marks_the_model_and_the_cpu_refuses_it(compile_zoo, tmp_path, 
         create_session(output)
 
 
-def test_lowered_for_cuda_it_is_the_native_model(compile_zoo):
-    path = compile_zoo("vit", "w4a4", **QUICK).path
+@pytest.mark.parametrize("model", ["vit", "swin"])
+def test_between_the_operators_it_is_float16(compile_zoo, model):
+    path = compile_zoo(model, "w4a4", **QUICK).path
     cuda, native = (api.lower(path, target=target).model for target in (Target.CUDA, Target.CPU_NATIVE))
-    assert ir.to_proto(cuda).graph == ir.to_proto(native).graph
+    wide = api.lower(path, target=Target.CUDA, float16=False).model
+    assert ir.to_proto(wide).graph == ir.to_proto(native).graph
+    types = {value.dtype for node in native_nodes(cuda) for value in (*node.inputs[4:5], *node.outputs)}
+    assert types == {ir.DataType.UINT8, ir.DataType.FLOAT16, ir.DataType.FLOAT}
+    for mine, theirs in ((cuda.graph.inputs, native.graph.inputs), (cuda.graph.outputs, native.graph.outputs)):
+        assert [(value.name, value.dtype) for value in mine] == [(value.name, ir.DataType.FLOAT) for value in theirs]
+
+
+@pytest.mark.parametrize(("float16", "least_db"), [(False, 60), (True, 35)])
+def test_whole_models_agree_with_the_cpu(compile_zoo, zoo_samples, emulated_library, float16, least_db):
+    """With float32 only softmax and norms differ; rounding to float16 moves codes, by less than quantization did."""
+    path = compile_zoo("vit", "w8a8", samples=16, compensation=False).path
+    images = next(zoo_samples("test").batches(4))
+    lowered = ir.to_proto(api.lower(path, target="cuda", float16=float16).model)
+    found = on_emulated_device(lowered, emulated_library).run(None, {lowered.graph.input[0].name: images})[0]
+    session = create_session(path)
+    expected = session.run(None, {lowered.graph.input[0].name: images})[0]
+    assert found.dtype == np.float32
+    noise = np.square(found - expected, dtype=np.float64).sum()
+    assert noise < np.square(expected, dtype=np.float64).sum() * 10 ** (-least_db / 10)
 
 
 def test_a_model_for_cuda_is_verified_on_the_cpu(tmp_path):
