@@ -26,8 +26,8 @@ KERNELS = tuple(source for source in sorted((ROOT / "kernels/cuda").glob("*.cu")
 GLUE = (*sorted((ROOT / "kernels/ort").glob("*.cpp")), *sorted((ROOT / "kernels/ort/cuda").glob("*.cpp")))
 
 
-def build_emulated(path: Path, sources: Sequence[Path]) -> None:
-    """Compile code for the emulated device into a library.
+def build_emulated(path: Path, sources: Sequence[Path], *, soname: str = "") -> None:
+    """Compile code for the emulated device into a library, with a part of CUDA's runtime; `soname` is its own name.
 
     Raises:
         FileNotFoundError: there is no g++.
@@ -36,10 +36,12 @@ def build_emulated(path: Path, sources: Sequence[Path]) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no g++")
-    device = [EMULATED / "emulated.cpp", ROOT / "kernels/cpu/arguments.cpp"]
+    device = [EMULATED / "emulated.cpp", EMULATED / "runtime.cpp", ROOT / "kernels/cpu/arguments.cpp"]
     folders = [EMULATED, *(ROOT / "kernels" / name for name in ("include", "cuda", "ort/cuda"))]
     include = [f"-I{folder}" for folder in folders]
-    command = [compiler, *EMULATOR_OPTIONS, "-DMPTQC_EMULATED", *include, "-x", "c++", *device, *sources, "-o", path]
+    named = [f"-Wl,-soname,{soname}"] if soname else []
+    options = [*EMULATOR_OPTIONS, *named, "-DMPTQC_EMULATED", *include]
+    command = [compiler, *options, "-x", "c++", *device, *sources, "-o", path]
     subprocess.run(command, check=True)
 
 

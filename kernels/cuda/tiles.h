@@ -92,10 +92,14 @@ MPTQC_DEVICE void copy_codes(uint8_t* to, const uint8_t* row, int64_t column, in
   *reinterpret_cast<Words4*>(to) = chunk;
 }
 
+namespace {
+
 // What a kernel writes: codes, or floats of either type.
 struct DeviceOutput : Output {
   mptqc_cuda_float type;
 };
+
+}  // namespace
 
 MPTQC_DEVICE Floats4 load_floats(const Floats4* from) { return *from; }
 MPTQC_DEVICE Floats4 load_floats(const Halves4* from) {

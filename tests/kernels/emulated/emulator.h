@@ -86,6 +86,9 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 
+// What a stream that is captured is to run; null: launches run at once.
+inline std::vector<std::function<void()>>* recording = nullptr;
+
 inline void pause() {
   if (_setjmp(block->running->place) == 0) _longjmp(block->scheduler, 1);
 }
@@ -279,10 +282,8 @@ inline float power_of_two(float x) { return x < -126 ? 0 : std::exp2(x); }
 inline int multiprocessors() { return 4; }
 
 template <class... Parameters>
-mptqc_status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void*,
-                    Parameters... parameters) {
-  constexpr size_t most = 227 * 1024;
-  emulated::require(shared_bytes <= most, "more shared memory than any device has");
+void run_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+                Parameters... parameters) {
   emulated::Block block;
   block.fibers = std::vector<emulated::Fiber>(threads);
   block.room.resize(shared_bytes + 128);
@@ -293,6 +294,18 @@ mptqc_status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, 
   emulated::block = &block;
   for (block.index = 0; block.index < blocks; ++block.index) emulated::run(block, threads);
   emulated::block = nullptr;
+}
+
+template <class... Parameters>
+mptqc_status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void*,
+                    Parameters... parameters) {
+  constexpr size_t most = 227 * 1024;
+  emulated::require(shared_bytes <= most, "more shared memory than any device has");
+  if (emulated::recording != nullptr) {
+    emulated::recording->push_back([=] { run_blocks(kernel, blocks, threads, shared_bytes, parameters...); });
+  } else {
+    run_blocks(kernel, blocks, threads, shared_bytes, parameters...);
+  }
   return MPTQC_OK;
 }
 
