@@ -26,8 +26,8 @@ KERNELS = tuple(source for source in sorted((ROOT / "kernels/cuda").glob("*.cu")
 GLUE = (*sorted((ROOT / "kernels/ort").glob("*.cpp")), *sorted((ROOT / "kernels/ort/cuda").glob("*.cpp")))
 
 
-def build_emulated(path: Path, sources: Sequence[Path], *, soname: str = "") -> None:
-    """Compile code for the emulated device into a library, with a part of CUDA's runtime; `soname` is its own name.
+def build_emulated(path: Path, sources: Sequence[Path]) -> None:
+    """Compile code for the emulated device into a library, with a part of CUDA's runtime.
 
     Raises:
         FileNotFoundError: there is no g++.
@@ -39,8 +39,7 @@ def build_emulated(path: Path, sources: Sequence[Path], *, soname: str = "") -> 
     device = [EMULATED / "emulated.cpp", EMULATED / "runtime.cpp", ROOT / "kernels/cpu/arguments.cpp"]
     folders = [EMULATED, *(ROOT / "kernels" / name for name in ("include", "cuda", "ort/cuda"))]
     include = [f"-I{folder}" for folder in folders]
-    named = [f"-Wl,-soname,{soname}"] if soname else []
-    options = [*EMULATOR_OPTIONS, *named, "-DMPTQC_EMULATED", *include]
+    options = [*EMULATOR_OPTIONS, "-DMPTQC_EMULATED", *include]
     command = [compiler, *options, "-x", "c++", *device, *sources, "-o", path]
     subprocess.run(command, check=True)
 

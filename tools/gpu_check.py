@@ -10,10 +10,11 @@ as they come. For a machine without network:
     python tools/gpu_check.py --pack .gpu-pack            where there is a network
     python tools/gpu_check.py --unpack .gpu-pack …        there; parts may come a few at a time, in several calls
 
---rehearse runs all of it on the CPU provider, with a tiny model.
+--rehearse runs all of it on an emulated GPU (tests/fake_gpu.py), with a tiny model; needs g++.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -21,10 +22,12 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gpu.packing import PackError, download_wheels, install, pack, unpack
+from gpu.targets import targets
 
 STAGE_NAMES = ("build", "kernels", "products", "e2e", "bench")
 MODELS, BATCHES = "vit-s,vit-b,deit-b,swin-t", "1,8,64,256"
@@ -54,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure of the benchmark")
     parser.add_argument("--work", type=Path, default=Path("gpu-check"), help="folder of the models")
     parser.add_argument("--output", type=Path, default=Path("docs/gpu"), help="folder of the results")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU provider, with a tiny model")
+    parser.add_argument("--rehearse", action="store_true", help="on an emulated GPU, with a tiny model")
     parser.add_argument("--pack", type=Path, help="only write the parts that --unpack takes to this folder")
     parser.add_argument("--unpack", type=Path, help="install what the parts in this folder hold first")
     parser.add_argument("--python", default="3.12", help="version of the Python that unpacks")
@@ -99,7 +102,7 @@ def check(arguments: argparse.Namespace) -> None:
     sys.path[:0] = [str(root), str(root / "tests")]  # mptqc from the source tree, and the kernels' callers
     preload_torch()
     try:
-        from gpu.stages import STAGES, Missing, Settings, first_line
+        from gpu.stages import STAGES, Missing, Settings
     except ImportError as error:
         sys.exit(
             f"gpu_check: {error}. Install mptqc's requirements here (pip install -e .), or bring them with --pack."
@@ -112,9 +115,26 @@ def check(arguments: argparse.Namespace) -> None:
         ),
         seconds=arguments.seconds,
         deadline=time.monotonic() + 60 * arguments.minutes,
-        provider="cpu" if arguments.rehearse else "cuda",
+        rehearse=arguments.rehearse,
     )
+    with contextlib.ExitStack() as stack:
+        if arguments.rehearse:
+            from fake_gpu import fake_gpu
+
+            stack.enter_context(fake_gpu(arguments.work / "libmptqc_emulated.so"))
+        run_stages(arguments, settings, STAGES, Missing)
+
+
+def run_stages(
+    arguments: argparse.Namespace,
+    settings: Any,
+    stages: Mapping[str, Callable[[Any, Callable[[Any], None]], None]],
+    missing: type[Exception],
+) -> None:
+    """Run the stages asked for, and write what each finds as it comes."""
     machine = describe_machine()
+    if arguments.rehearse:
+        machine["gpu"] = "rehearsal"
     path = arguments.output / f"{file_name(machine['gpu'])}-{datetime.date.today()}.json"
     results = {"machine": machine, "stages": earlier(path)}
     for name in arguments.stages:
@@ -127,12 +147,12 @@ def check(arguments: argparse.Namespace) -> None:
             print(f"{name}: {json.dumps(found, ensure_ascii=False)}", flush=True)
 
         try:
-            STAGES[name](settings, report)
+            stages[name](settings, report)
             entry["outcome"] = "done"
-        except Missing as error:
+        except missing as error:
             entry["outcome"] = f"not whole: {error}"
         except Exception as error:  # what one stage does wrong must not keep the others from running
-            entry["outcome"] = f"failed: {first_line(error)}"
+            entry["outcome"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             print(error, file=sys.stderr)
         print(f"{name}: {entry['outcome']}", flush=True)
         write(path, results)
@@ -194,15 +214,27 @@ def write(path: Path, results: dict[str, Any]) -> None:
 def as_markdown(results: dict[str, Any]) -> str:
     """One table a stage; the benchmark's has a column a batch."""
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if name != "gpu")
-    lines = [f"# {results['machine']['gpu']}", "", machine]
+    found = {name: stage["found"] for name, stage in results["stages"].items()}
+    lines = [f"# {results['machine']['gpu']}", "", machine, "", "## Targets", ""]
+    lines += table(targets(found.get("bench", []), found.get("products", [])))
     for name, stage in results["stages"].items():
         lines += ["", f"## {name}: {stage['outcome']}", ""]
-        rows = stage["found"] if name != "bench" else by_batch(stage["found"])
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        if columns:
-            lines += [f"| {' | '.join(columns)} |", f"|{'--|' * len(columns)}"]
-            lines += [f"| {' | '.join(str(row.get(column, '')) for column in columns)} |" for row in rows]
+        lines += table(stage["found"] if name != "bench" else by_batch(stage["found"]))
     return "\n".join(lines) + "\n"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table; none without rows."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if not columns:
+        return []
+    lines = [f"| {' | '.join(columns)} |", f"|{'--|' * len(columns)}"]
+    return lines + [f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in rows]
+
+
+def cell(value: Any) -> str:
+    """A cell's text; empty for what is not known."""
+    return "" if value is None else str(value)
 
 
 def by_batch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from mptqc.errors import ProviderError
 PATH_VARIABLE = "MPTQC_CUDA_KERNELS"
 LIBRARY_PATH = Path(__file__).with_name("libmptqc_cuda.so")
 """Where an installation has its own build; setup.py puts it here."""
+RUNTIME_VARIABLE = "MPTQC_CUDA_RUNTIME"
 RUNTIME_NAMES = ("libcudart.so.13", "libcudart.so")
 
 HOW_TO_BUILD = (
@@ -53,16 +54,21 @@ def load_cuda_library(path: Path) -> ctypes.CDLL:
 
 
 def load_cuda_runtime() -> ctypes.CDLL:
-    """The CUDA runtime of this machine, for memory and timing: the loader's, the toolkit's or a wheel's.
+    """The CUDA runtime of this machine, for memory and timing.
+
+    It is what MPTQC_CUDA_RUNTIME names, else the loader's, the toolkit's or a wheel's.
 
     Raises:
         ProviderError: there is none.
     """
-    for name in (*RUNTIME_NAMES, *_runtime_files()):
+    named = os.environ.get(RUNTIME_VARIABLE)
+    for name in (named,) if named else (*RUNTIME_NAMES, *_runtime_files()):
         try:
             return ctypes.CDLL(str(name))
         except OSError:
             continue
+    if named:
+        raise ProviderError(f"{RUNTIME_VARIABLE} is {named}, which does not load; give the path of libcudart.so.13.")
     raise ProviderError(f"no CUDA runtime found (looked for {', '.join(RUNTIME_NAMES)}); install CUDA 13.")
 
 

@@ -70,6 +70,7 @@ def create_session(
     optimized_path: Path | None = None,
     profile_prefix: Path | None = None,
     keep_memory: bool = True,
+    cuda_graph: bool = False,
 ) -> Session:
     """Make a session whose numbers depend on nothing but the model, its inputs and the named provider.
 
@@ -81,6 +82,8 @@ def create_session(
         optimized_path: where ONNX Runtime writes the graph it really runs; its weights go to a file beside it.
         profile_prefix: how the file begins into which ONNX Runtime writes the time of every operator; `end_profiling`
             of the session closes it and returns its name.
+        cuda_graph: whether a CUDA session captures its second run into a CUDA graph and replays that from then on: for
+            inputs and outputs that are bound to the device and stay in place.
         keep_memory: whether the session holds on to the memory of its largest run; False where many live side by side.
 
     Raises:
@@ -102,7 +105,7 @@ def create_session(
         _check_made_for(source, described, provider)
         _register_kernels(options, provider)
     if provider == "cuda":
-        session = _create_cuda(source, described, options)
+        session = _create_cuda(source, described, options, cuda_graph=cuda_graph)
     else:
         session = _create(source, described, options, [PROVIDERS["cpu"]])
     if PROVIDERS[provider] not in session.get_providers():
@@ -259,17 +262,20 @@ def _load_failure(described: str, error: Exception) -> str:
     return f"ONNX Runtime {ort.__version__} cannot load {described}: {text}"
 
 
-def _create_cuda(source: bytes | str, described: str, options: ort.SessionOptions) -> Session:
+def _create_cuda(source: bytes | str, described: str, options: ort.SessionOptions, *, cuda_graph: bool) -> Session:
     """Start CUDA quietly: what ONNX Runtime would log on failure is told by the ProviderError instead."""
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         raise ProviderError(_not_started("cuda"))
     _preload_cuda_libraries()
     ort.set_default_logger_severity(FATAL_SEVERITY)
+    provider_options = {**CUDA_OPTIONS, **({"enable_cuda_graph": "1"} if cuda_graph else {})}
     try:
         # The CPU provider stays second: shape operators have no CUDA kernel.
-        return _create(source, described, options, [(PROVIDERS["cuda"], dict(CUDA_OPTIONS)), PROVIDERS["cpu"]])
+        return _create(source, described, options, [(PROVIDERS["cuda"], provider_options), PROVIDERS["cpu"]])
     except (RuntimeError, ModelError) as error:
         if _names_custom_ops(source):
+            if isinstance(error, ModelError):
+                raise
             raise ModelError(_load_failure(described, error)) from error  # a CPU session has not these operators
         _create(source, described, options, [PROVIDERS["cpu"]])  # a broken model raises here; else CUDA is at fault
         raise ProviderError(f"{_not_started('cuda')} ONNX Runtime says: {' '.join(str(error).split())}") from error

@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
+from fake_gpu import fake_gpu
 
 from mptqc.errors import ModelError, ProviderError
 from mptqc.reference.custom_ops import DOMAIN
@@ -68,6 +69,12 @@ def test_a_named_library_that_is_not_there_is_an_error(cuda_model: bytes, monkey
     assert "is no file" in diagnose().cuda_kernel_library
 
 
+def test_a_named_runtime_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(cuda.RUNTIME_VARIABLE, "/nowhere/libcudart.so")
+    with pytest.raises(ProviderError, match=r"MPTQC_CUDA_RUNTIME is /nowhere/libcudart\.so, which does not load"):
+        cuda.load_cuda_runtime()
+
+
 @pytest.mark.usefixtures("with_provider")
 def test_a_file_that_is_no_library_is_an_error(cuda_model: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "text.so").write_text("not a library")
@@ -90,3 +97,10 @@ def test_a_malformed_model_is_not_blamed_on_the_provider(cuda_model: bytes, monk
 @pytest.mark.usefixtures("with_provider")
 def test_doctor_says_that_there_are_no_cuda_kernels():
     assert diagnose().cuda_kernel_library == NO_CUDA_KERNELS
+
+
+def test_a_session_on_an_emulated_gpu_runs_our_operators(cuda_model: bytes, emulated_library: Path):
+    """The way of a session to the CUDA kernels, but for the provider itself: they want more inputs of a Linear."""
+    said = r"^ONNX Runtime \S+ cannot load the model in memory: \[.*ai\.mptqc::Linear:1\) has input size 1 not in"
+    with fake_gpu(emulated_library), pytest.raises(ModelError, match=said):
+        create_session(cuda_model, provider="cuda")

@@ -13,6 +13,7 @@ from mptqc import api
 from mptqc.graph.io import save_model
 
 FORMS = ("float32", "float16", "stock QDQ", "mptqc")
+"""What the benchmark compares."""
 CALIBRATION_IMAGES = 4
 QUICK = MappingProxyType(
     {
@@ -51,17 +52,16 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
 )
 
 
-def make_form(subject: Subject, form: str, folder: Path, target: str) -> Path:
-    """The file of one form of a model; `target` is that of mptqc's own ("cuda", or "cpu-native" in a rehearsal)."""
-    suffix = f"{form}.{target}" if form == "mptqc" else form
-    path = folder / f"{subject.name}.{suffix.replace(' ', '-')}.onnx"
+def make_form(subject: Subject, form: str, folder: Path) -> Path:
+    """The file of one form of a model."""
+    path = folder / f"{subject.name}.{form.replace(' ', '-')}.onnx"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        MAKERS[form](subject, path, target)
+        MAKERS[form](subject, path)
     return path
 
 
-def write_float32(subject: Subject, path: Path, _target: str) -> None:
+def write_float32(subject: Subject, path: Path) -> None:
     """The model itself."""
     if subject.shape is not None:
         write_random_vit(path, subject.shape)
@@ -72,21 +72,21 @@ def write_float32(subject: Subject, path: Path, _target: str) -> None:
     export_timm(subject.timm_name, path, pretrained=False)
 
 
-def write_float16(subject: Subject, path: Path, _target: str) -> None:
+def write_float16(subject: Subject, path: Path) -> None:
     """ONNX Runtime's own conversion; inputs and outputs stay float32."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    original = make_form(subject, "float32", path.parent, _target)
+    original = make_form(subject, "float32", path.parent)
     onnx.save(convert_float_to_float16(onnx.load(original), keep_io_types=True), path)
 
 
-def write_stock(subject: Subject, path: Path, _target: str) -> None:
+def write_stock(subject: Subject, path: Path) -> None:
     """ONNX Runtime's static quantization, in QDQ form."""
     from peers.ort_int8 import write_static_int8
 
     from mptqc.data.load import load_samples
 
-    original = make_form(subject, "float32", path.parent, _target)
+    original = make_form(subject, "float32", path.parent)
     samples = load_samples(
         calibration(subject, path.parent), input_name="images", input_shape=(None, 3, subject.image, subject.image),
         preprocessing=None,
@@ -94,14 +94,21 @@ def write_stock(subject: Subject, path: Path, _target: str) -> None:
     write_static_int8(original, path, samples, onnx.load(original).graph.input[0].name)
 
 
-def write_mptqc(subject: Subject, path: Path, target: str) -> None:
-    """8-bit weights and activations, in the operators of `target`."""
-    portable = path.with_name(f"{subject.name}.portable.onnx")
-    if not portable.is_file():
-        original, images = make_form(subject, "float32", path.parent, target), calibration(subject, path.parent)
-        compiled = api.compile(original, images, preset="w8a8", options=dict(QUICK), verify=False)
-        save_model(compiled.model, portable)
-    save_model(api.lower(portable, target=target).model, path)
+def write_portable(subject: Subject, path: Path) -> None:
+    """8-bit weights and activations, in standard operators."""
+    original, images = make_form(subject, "float32", path.parent), calibration(subject, path.parent)
+    compiled = api.compile(original, images, preset="w8a8", options=dict(QUICK), verify=False)
+    save_model(compiled.model, path)
+
+
+def write_mptqc(subject: Subject, path: Path) -> None:
+    """The portable form for CUDA, float16 between its operators."""
+    save_model(api.lower(make_form(subject, "portable", path.parent), target="cuda").model, path)
+
+
+def write_mptqc_float32(subject: Subject, path: Path) -> None:
+    """The portable form for CUDA, float32 between its operators."""
+    save_model(api.lower(make_form(subject, "portable", path.parent), target="cuda", float16=False).model, path)
 
 
 def calibration(subject: Subject, folder: Path) -> Path:
@@ -119,5 +126,12 @@ def images_of(subject: Subject, count: int) -> np.ndarray:
 
 
 MAKERS = MappingProxyType(
-    {"float32": write_float32, "float16": write_float16, "stock QDQ": write_stock, "mptqc": write_mptqc}
+    {
+        "float32": write_float32,
+        "float16": write_float16,
+        "stock QDQ": write_stock,
+        "portable": write_portable,
+        "mptqc": write_mptqc,
+        "mptqc float32": write_mptqc_float32,
+    }
 )

@@ -1,27 +1,34 @@
 """Speed of the int8 Linear kernel by itself, against the fastest int8 product that the machine shows."""
 
 import ctypes
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from cuda_kernels import TILES, DeviceMemory, as_bytes
+from cuda_kernels import FLOAT_TYPES, TILES, DeviceMemory, as_bytes
 from kernel_records import Linear, c_quantizer
 
 from mptqc.reference.custom_ops import CodeQuantizer, block_weight
 from mptqc.runtime.cuda import find_cuda_library, load_cuda_library, load_cuda_runtime
 
-SHAPES = {  # rows, inputs, outputs
-    "8192 x 8192 x 8192": (8192, 8192, 8192),
-    "ViT-B qkv, batch 64": (64 * 197, 768, 2304),
-    "ViT-B fc1, batch 64": (64 * 197, 768, 3072),
-    "ViT-B fc2, batch 64": (64 * 197, 3072, 768),
-    "ViT-B fc1, batch 1": (197, 768, 3072),
-}
+SHAPES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {  # rows, inputs, outputs
+        "8192 x 8192 x 8192": (8192, 8192, 8192),
+        "ViT-B q, batch 64": (64 * 197, 768, 768),
+        "ViT-B fc1, batch 64": (64 * 197, 768, 3072),
+        "ViT-B fc2, batch 64": (64 * 197, 3072, 768),
+        "ViT-B fc1, batch 1": (197, 768, 3072),
+    }
+)
+TIMED_TILES = ("64x64", "128x128")
 REPEATS = 20
 
 
-def measure_products() -> list[dict[str, Any]]:
+def measure_products(shapes: Mapping[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
     """Tera-operations a second (a multiply and an add are two) of each shape and tile; cuBLASLt's through torch.
+
+    LinearQuantize as it is, and with GELU, as fc1 has it.
 
     Raises:
         ProviderError: there is no CUDA runtime.
@@ -31,14 +38,14 @@ def measure_products() -> list[dict[str, Any]]:
     if path is None:
         raise RuntimeError("the CUDA kernels are not built; run the stage `build` first")
     library, runtime = load_cuda_library(path), load_cuda_runtime()
-    rows = []
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         work = 2 * float(np.prod([float(size) for size in shape]))
         row: dict[str, Any] = {"product": name, "cuBLASLt s8": as_tops(work, torch_ms(*shape))}
-        for tile in ("64x64", "128x128"):
-            row[tile] = as_tops(work, kernel_ms(library, runtime, *shape, TILES[tile]))
-        rows.append(row)
-    return rows
+        for tile in TIMED_TILES:
+            for gelu in (False, True):
+                milliseconds = kernel_ms(library, runtime, shape, tile, gelu=gelu)
+                row[tile + ", GELU" * gelu] = as_tops(work, milliseconds)
+        yield row
 
 
 def as_tops(operations: float, milliseconds: float | None) -> float | None:
@@ -46,8 +53,11 @@ def as_tops(operations: float, milliseconds: float | None) -> float | None:
     return None if milliseconds is None else round(operations / milliseconds / 1e9, 1)
 
 
-def kernel_ms(library: ctypes.CDLL, runtime: ctypes.CDLL, rows: int, inputs: int, outputs: int, tile: int) -> float:
-    """Milliseconds of one LinearQuantize on random codes."""
+def kernel_ms(
+    library: ctypes.CDLL, runtime: ctypes.CDLL, shape: tuple[int, int, int], tile: str, *, gelu: bool
+) -> float:
+    """Milliseconds of one LinearQuantize on random codes; shape: rows, inputs, outputs."""
+    rows, inputs, outputs = shape
     generator = np.random.default_rng(0)
     memory = DeviceMemory(runtime)
     codes = generator.integers(0, 256, (rows, inputs), np.uint8)
@@ -59,12 +69,12 @@ def kernel_ms(library: ctypes.CDLL, runtime: ctypes.CDLL, rows: int, inputs: int
                       np.zeros(padded, np.float32), np.zeros(rows * outputs, np.uint8))
     ]  # fmt: skip
     arguments = Linear(
-        rows, inputs, outputs, *arrays[:5], 0, None, 0, None, ctypes.pointer(c_quantizer(CodeQuantizer(0.04, 120))),
-        arrays[5],
+        rows, inputs, outputs, *arrays[:5], int(gelu), None, None, 0, None,
+        ctypes.pointer(c_quantizer(CodeQuantizer(0.04, 120))), arrays[5],
     )  # fmt: skip
 
     def run() -> None:
-        if library.mptqc_cuda_linear(ctypes.byref(arguments), tile, None):
+        if library.mptqc_cuda_linear(ctypes.byref(arguments), FLOAT_TYPES["float32"], TILES[tile], None):
             raise RuntimeError(f"the Linear kernel failed: {library.mptqc_cuda_failure().decode()}")
 
     events = [ctypes.c_void_p(), ctypes.c_void_p()]
@@ -83,10 +93,12 @@ def kernel_ms(library: ctypes.CDLL, runtime: ctypes.CDLL, rows: int, inputs: int
 
 
 def torch_ms(rows: int, inputs: int, outputs: int) -> float | None:
-    """Milliseconds of cuBLASLt's signed int8 product; None without torch."""
+    """Milliseconds of cuBLASLt's signed int8 product; None without torch or without a GPU that it sees."""
     try:
         import torch
     except ImportError:
+        return None
+    if not torch.cuda.is_available():
         return None
     left = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8, device="cuda")
     right = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8, device="cuda").t()

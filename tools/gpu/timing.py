@@ -37,15 +37,20 @@ def time_runs(run: Callable[[], None], seconds: float) -> Timing:
     return Timing(statistics.median(times), min(times), max(times), len(times))
 
 
-def session_run(session: Session, batch: NDArray[np.generic], provider: str) -> Callable[[], None]:
-    """One run of a session: the batch is on the device already, and the outputs stay there."""
+def session_run(session: Session, batch: NDArray[np.generic]) -> Callable[[], None]:
+    """One run of a session: the batch is on the session's device already, and the outputs stay there, in one place."""
     import onnxruntime
 
+    device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
     binding = session.io_binding()
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(batch, provider, 0)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(batch, device, 0)
     binding.bind_ortvalue_input(session.get_inputs()[0].name, value)
-    for output in session.get_outputs():
-        binding.bind_output(output.name, provider, 0)
+    names = [output.name for output in session.get_outputs()]
+    for name in names:
+        binding.bind_output(name, device, 0)
+    session.run_with_iobinding(binding)
+    for name, output in zip(names, binding.get_outputs(), strict=True):
+        binding.bind_ortvalue_output(name, output)
 
     def run() -> None:
         session.run_with_iobinding(binding)
@@ -54,23 +59,26 @@ def session_run(session: Session, batch: NDArray[np.generic], provider: str) -> 
     return run
 
 
-def torch_model(name: str, provider: str) -> Callable[[NDArray[np.float32]], Callable[[], None]]:
-    """timm's model with random weights in torch, compiled, scaled-dot-product attention; float16 on a GPU."""
+def torch_model(name: str) -> Callable[[NDArray[np.float32]], Callable[[], None]]:
+    """timm's model with random weights in torch float16, compiled, scaled-dot-product attention.
+
+    Raises:
+        RuntimeError: torch sees no GPU.
+    """
     import timm
     import torch
 
-    device = torch.device(provider)
-    kind = torch.float16 if provider == "cuda" else torch.float32
-    model = torch.compile(timm.create_model(name, pretrained=False).eval().to(device, kind))
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+    model = torch.compile(timm.create_model(name, pretrained=False).eval().to("cuda", torch.float16))
 
     def bind(batch: NDArray[np.float32]) -> Callable[[], None]:
-        images = torch.from_numpy(batch).to(device, kind)
+        images = torch.from_numpy(batch).to("cuda", torch.float16)
 
         def run() -> None:
             with torch.inference_mode():
                 model(images)
-            if provider == "cuda":
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
 
         return run
 
