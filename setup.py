@@ -166,6 +166,7 @@ setup(
             "setuptools>=77",
             "scipy>=1.11",
             "distributed>=2024.8",
+            "nvidia-cuda-nvdisasm>=13; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
     entry_points={"console_scripts": ["mptqc=mptqc.cli.app:main"]},

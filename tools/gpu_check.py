@@ -32,6 +32,9 @@ from gpu.targets import targets
 STAGE_NAMES = ("build", "kernels", "products", "e2e", "bench")
 MODELS, BATCHES = "vit-s,vit-b,deit-b,swin-t", "1,8,64,256"
 SITE = Path("/tmp/mptqc-gpu-site")
+RESULTS = Path("docs/gpu")
+MOST_CHARACTERS = 400
+"""Of an error in the results."""
 INSTALLED = "MPTQC_GPU_SITE"
 """Set for the process that sees the unpacked wheels."""
 
@@ -56,7 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", default=None, help=f"(default: {BATCHES})")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure of the benchmark")
     parser.add_argument("--work", type=Path, default=Path("gpu-check"), help="folder of the models")
-    parser.add_argument("--output", type=Path, default=Path("docs/gpu"), help="folder of the results")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder of the results (default: {RESULTS}, of a rehearsal: --work)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on an emulated GPU, with a tiny model")
     parser.add_argument("--pack", type=Path, help="only write the parts that --unpack takes to this folder")
     parser.add_argument("--unpack", type=Path, help="install what the parts in this folder hold first")
@@ -135,7 +140,8 @@ def run_stages(
     machine = describe_machine()
     if arguments.rehearse:
         machine["gpu"] = "rehearsal"
-    path = arguments.output / f"{file_name(machine['gpu'])}-{datetime.date.today()}.json"
+    folder = arguments.output or (arguments.work if arguments.rehearse else RESULTS)
+    path = folder / f"{file_name(machine['gpu'])}-{datetime.date.today()}.json"
     results = {"machine": machine, "stages": earlier(path)}
     for name in arguments.stages:
         entry: dict[str, Any] = {"outcome": "under way", "found": []}
@@ -152,7 +158,7 @@ def run_stages(
         except missing as error:
             entry["outcome"] = f"not whole: {error}"
         except Exception as error:  # what one stage does wrong must not keep the others from running
-            entry["outcome"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            entry["outcome"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:MOST_CHARACTERS]}"
             print(error, file=sys.stderr)
         print(f"{name}: {entry['outcome']}", flush=True)
         write(path, results)

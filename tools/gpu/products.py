@@ -32,12 +32,14 @@ def measure_products(shapes: Mapping[str, tuple[int, int, int]]) -> Iterator[dic
 
     Raises:
         ProviderError: there is no CUDA runtime.
-        RuntimeError: the kernels were not built, or one failed.
+        RuntimeError: the kernels were not built, there is no GPU, or a kernel failed.
     """
     path = find_cuda_library()
     if path is None:
         raise RuntimeError("the CUDA kernels are not built; run the stage `build` first")
     library, runtime = load_cuda_library(path), load_cuda_runtime()
+    if not library.mptqc_cuda_device_count():
+        raise RuntimeError("there is no GPU, or its driver is older than CUDA 13")
     for name, shape in shapes.items():
         work = 2 * float(np.prod([float(size) for size in shape]))
         row: dict[str, Any] = {"product": name, "cuBLASLt s8": as_tops(work, torch_ms(*shape))}
