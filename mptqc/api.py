@@ -18,7 +18,7 @@ from mptqc.data.samples import Samples
 from mptqc.errors import OutputError, RecipeError
 from mptqc.graph.io import load_model, save_model
 from mptqc.plan import QuantPlan, load_plan, save_plan
-from mptqc.recipe import Target, make_recipe
+from mptqc.recipe import Effort, Target, make_recipe
 from mptqc.runtime.library import HOW_TO_BUILD, find_library
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ def compile(
     calibration: str | Path,
     *,
     preset: str | None = None,
+    effort: str = Effort.BALANCED,
     recipe: str | Path | None = None,
     preprocess: str | None = None,
     mean: tuple[float, ...] | None = None,
@@ -100,7 +101,8 @@ def compile(
         model: the float ONNX file.
         calibration: a folder of images, an .npz (`images` or the input's name) or an .npy.
         preset: "w8a8", "w6a6", "w4a4", …; see `mptqc.recipe.PRESETS`.
-        recipe: a TOML file of `mptqc.recipe.Recipe` keys; wins over the preset.
+        effort: "fast", "balanced" or "best": how many images, views of them and passes; see `mptqc.recipe.EFFORTS`.
+        recipe: a TOML file of `mptqc.recipe.Recipe` keys; wins over effort and preset.
         preprocess: preset name or JSON file of the preprocessing; mean, std: as flags. Default: the model's metadata.
         mean: per channel, of pixels scaled to 0..1.
         std: per channel, likewise.
@@ -114,7 +116,7 @@ def compile(
     Raises:
         MptqcError: one of its kinds, naming what was wrong, where and what to do.
     """
-    chosen = make_recipe(preset, None if recipe is None else Path(recipe), options)
+    chosen = make_recipe(preset, None if recipe is None else Path(recipe), options, effort)
     path = Path(model)
     samples, preprocessing = open_samples(path, calibration, preprocess, mean, std, convert_fp16=convert_fp16)
     as_json = None if preprocessing is None else preprocessing.to_json()

@@ -144,6 +144,7 @@ class Recipe(BaseModel):
         target: operators the emitted model may use.
         samples: calibration images used, at most.
         views: augmented views made of each calibration image, the image itself included; 1 makes none.
+        passes: passes of compensation, each over other views of the images.
         seed: seed of every random choice.
         range_method: how activation ranges are found.
         rotation: rotation of the residual streams and of the heads, seeded by `seed`.
@@ -175,6 +176,7 @@ class Recipe(BaseModel):
     target: Target = Target.PORTABLE
     samples: Annotated[int, Field(ge=1)] = 64
     views: Annotated[int, Field(ge=1, le=16)] = 1
+    passes: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     range_method: RangeMethod = RangeMethod.OUTPUT
     rotation: bool = False
@@ -182,8 +184,8 @@ class Recipe(BaseModel):
     alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.7, 0.85, 1.0)
     opt_m: bool = True
     attention_folds: bool = True
-    row_scale: bool = False
-    gelu_folds: bool = False
+    row_scale: bool = True
+    gelu_folds: bool = True
     float16: bool = True
     compensation: bool = True
     sites: Mapping[str, SiteOverride] = Field(default_factory=dict)
@@ -221,15 +223,40 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 )
 
 
+class Effort(StrEnum):
+    """How much work is put into accuracy; see EFFORTS."""
+
+    FAST = "fast"
+    BALANCED = "balanced"
+    BEST = "best"
+
+
+EFFORTS: Mapping[Effort, Mapping[str, Any]] = MappingProxyType(
+    {
+        Effort.FAST: MappingProxyType({"samples": 64, "views": 1, "passes": 1}),
+        Effort.BALANCED: MappingProxyType({"samples": 128, "views": 4, "passes": 1}),
+        Effort.BEST: MappingProxyType({"samples": 512, "views": 4, "passes": 4}),
+    }
+)
+"""What each effort asks for; a preset, a recipe file and single options win over it."""
+
+
 def make_recipe(
-    preset: str | None = None, path: Path | None = None, options: Mapping[str, Any] | None = None
+    preset: str | None = None,
+    path: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    effort: str | None = None,
 ) -> Recipe:
-    """Combine a preset, a TOML recipe file and single options, later ones winning.
+    """Combine an effort, a preset, a TOML recipe file and single options, later ones winning.
 
     Raises:
-        RecipeError: unknown preset or key, value out of range, unreadable file.
+        RecipeError: unknown effort, preset or key, value out of range, unreadable file.
     """
     fields: dict[str, Any] = {}
+    if effort is not None:
+        if effort not in tuple(Effort):
+            raise RecipeError(f"unknown effort {effort!r}; the known ones are {', '.join(Effort)}")
+        fields |= EFFORTS[Effort(effort)]
     if preset is not None:
         if preset not in PRESETS:
             raise RecipeError(f"unknown preset {preset!r}; the known ones are {', '.join(PRESETS)}")

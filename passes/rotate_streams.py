@@ -4,7 +4,8 @@
 
     writers   W -> WR, b -> bR;  constants c -> cR
     readers   the norm's γ, β go to the Linears that read it, W -> diag(γ)W, b -> b + βW; then W -> RᵀW
-    others    a MatMul by R (writers) or Rᵀ (readers) in floats, where a rotation cannot be folded
+              also where they read tokens' means, or the norm's channels beside others
+    others    a MatMul by R (writers) or Rᵀ (readers and norms) in floats, where a rotation cannot be folded
 
     R = 11ᵀ/C + B·Q·Bᵀ, B [C, C−1] an orthonormal basis of the complement of 1, Q random orthogonal by the plan's seed.
 
@@ -20,8 +21,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.errors import RefusalError
-from mptqc.graph.blocks import norm_readers
-from mptqc.graph.edit import Builder, constant_of, remove_dead, set_initializer
+from mptqc.graph.blocks import Reading, norm_readers, pooled_readers
+from mptqc.graph.edit import Builder, add_initializer, constant_of, remove_dead, set_initializer
 from mptqc.graph.layout import Shapes
 from mptqc.graph.match import Linear, Norm
 from mptqc.graph.streams import Stream, Use, find_streams
@@ -59,18 +60,18 @@ def rotation(width: int, seed: int) -> Matrix:
     return result
 
 
-def _readers_by_norm(stream: Stream, model: ir.Model, shapes: Shapes) -> dict[Norm, list[Linear]]:
+def _readers_by_norm(stream: Stream, model: ir.Model, shapes: Shapes) -> dict[Norm, list[Reading]]:
     """For each norm the Linears that take its rotation; none where something else reads it."""
-    readers: dict[Norm, list[Linear]] = {}
+    readers: dict[Norm, list[Reading]] = {}
     for norm in stream.norms:
         try:
-            readers[norm] = norm_readers(norm, model, shapes)
+            readers[norm] = [Reading(linear, 0) for linear in norm_readers(norm, model, shapes)]
         except RefusalError:
-            readers[norm] = []
+            readers[norm] = pooled_readers(norm.output, model, shapes) or []
     return readers
 
 
-def _rotate(stream: Stream, readers: dict[Norm, list[Linear]], matrix: Matrix) -> None:
+def _rotate(stream: Stream, readers: dict[Norm, list[Reading]], matrix: Matrix) -> None:
     for linear in stream.linear_writers:
         _set_linear(linear, linear.weight @ matrix, linear.bias @ matrix)
     for use in stream.constant_writers:
@@ -79,15 +80,19 @@ def _rotate(stream: Stream, readers: dict[Norm, list[Linear]], matrix: Matrix) -
         set_initializer(use.node, use.index, (constant.astype(np.float64) @ matrix).astype(np.float32))
     for linear in stream.linear_readers:
         _set_linear(linear, matrix.T @ linear.weight, linear.bias.astype(np.float64))
-    for norm, linears in readers.items():
+    for norm, readings in readers.items():
+        if not readings:
+            _turn_input(Use(norm.node, 0), matrix.T)
+            continue
         gamma, beta = norm.gamma.astype(np.float64), norm.beta.astype(np.float64)
         set_initializer(norm.node, 1, np.ones_like(norm.gamma))
         set_initializer(norm.node, 2, np.zeros_like(norm.beta))
-        for linear in linears:
+        for reading in readings:
+            linear, rows = reading.linear, slice(reading.start, reading.start + stream.width)
             weight = linear.weight.astype(np.float64)
-            _set_linear(linear, matrix.T @ (gamma[:, None] * weight), linear.bias + beta @ weight)
-        if not linears:
-            _turn_output(norm, matrix.T * gamma, beta)
+            bias = linear.bias + beta @ weight[rows]
+            weight[rows] = matrix.T @ (gamma[:, None] * weight[rows])
+            _set_linear(linear, weight, bias)
     for use in stream.other_writers:
         _turn_input(use, matrix)
     for use in stream.other_readers:
@@ -108,39 +113,17 @@ def _turn_input(use: Use, matrix: Matrix) -> None:
     use.node.replace_input_with(use.index, turned)
 
 
-def _turn_output(norm: Norm, matrix: Matrix, shift: Matrix) -> None:
-    """Put a MatMul and an Add behind a norm, for all that reads it."""
-    uses = [(use.node, use.idx) for use in norm.output.uses()]
-    build = Builder(_next_node(norm.node), f"{norm.node.name}/rotate")
-    product = build.op("MatMul", [norm.output, build.constant("matrix", matrix.astype(np.float32))])
-    turned = build.op("Add", [product, build.constant("shift", shift.astype(np.float32))])
-    for node, index in uses:
-        node.replace_input_with(index, turned)
-    if norm.output.is_graph_output():
-        _rename_output(norm.output, turned)
-
-
 def _turn_graph_output(value: ir.Value, matrix: Matrix) -> None:
+    """Let the graph give the value times a matrix, under the value's name; its readers stay with the value itself."""
     node = value.producer()
     assert node is not None
-    build = Builder(_next_node(node), f"{node.name}/rotate_output")
-    turned = build.op("MatMul", [value, build.constant("matrix", matrix.astype(np.float32))])
-    _rename_output(value, turned)
-
-
-def _rename_output(old: ir.Value, new: ir.Value) -> None:
-    """Let the graph give `new` where it gave `old`, under the old name; other readers stay with `old`."""
-    graph = old.graph
-    assert isinstance(graph, ir.Graph)
-    position = list(graph.outputs).index(old)
-    name = old.name
-    old.name, new.name = f"{name}_rotated", name
-    new.shape, new.type = old.shape, old.type
-    graph.outputs[position] = new
-
-
-def _next_node(node: ir.Node) -> ir.Node:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    nodes = list(graph)
-    return nodes[nodes.index(node) + 1]
+    name, position = value.name, list(graph.outputs).index(value)
+    constant = add_initializer(graph, f"{node.name}/rotate_output/matrix", matrix.astype(np.float32))
+    turned = ir.node("MatMul", [value, constant], name=f"{node.name}/rotate_output")
+    graph.insert_after(node, turned)
+    value.name = f"{name}_rotated"
+    result = turned.outputs[0]
+    result.name, result.shape, result.type = name, value.shape, value.type
+    graph.outputs[position] = result

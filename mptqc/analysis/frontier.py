@@ -20,7 +20,7 @@ from mptqc.runtime.session import create_session, run_arrays
 
 Array = NDArray[np.generic]
 
-MEMORY_BYTES = 800_000_000
+MEMORY_BYTES = 1_200_000_000
 
 
 class Frontier:
@@ -55,7 +55,7 @@ class Frontier:
     def value(self, name: str, batch: int) -> Array:
         """A live value of one batch."""
         kept = self._values[batch][name]
-        return np.load(kept) if isinstance(kept, Path) else kept
+        return np.asarray(np.load(kept, mmap_mode="r")) if isinstance(kept, Path) else kept
 
     def advance(self, targets: Sequence[ir.Value]) -> None:
         """Run what the targets need and keep them, with all else that later nodes read."""

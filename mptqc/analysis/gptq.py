@@ -16,7 +16,7 @@ from mptqc.reference.quantizers import weight_limits
 
 Array = NDArray[np.float32]
 
-STRENGTHS = (0.02, 0.05, 0.2, 1.0, 5.0)
+STRENGTHS = (0.005, 0.02, 0.05, 0.2, 1.0, 5.0)
 DAMPING = 0.02
 BLOCK = 128
 SMALLEST = 1e-12

@@ -67,6 +67,7 @@ def plan_folds(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPla
             min(activation_bits for _, activation_bits in bits),
             recipe.alphas,
             recipe.seed,
+            corrected=recipe.compensation,
         )
         if smoothing.alpha is not None:
             norm_folds.append(NormFold(site=norm.site, alpha=smoothing.alpha))
@@ -101,6 +102,7 @@ def _plan_gelu(activation: Activation, seen: Observations, recipe: Recipe) -> Sm
         min(activation_bits for _, activation_bits in bits),
         recipe.seed,
         two_regions=recipe.opt_m,
+        corrected=recipe.compensation,
     )
 
 
@@ -196,7 +198,11 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
     for done, attention in enumerate(attentions):
         report("search attentions", done, len(attentions))
         searches = attention_searches(
-            seen.slices[attention.site], recipe.range_method, two_regions=recipe.opt_m, seed=recipe.seed
+            seen.slices[attention.site],
+            recipe.range_method,
+            two_regions=recipe.opt_m,
+            seed=recipe.seed,
+            corrected=recipe.compensation,
         )
         for operand, search in searches.items():
             name = f"{attention.site}/{operand}"
@@ -215,7 +221,12 @@ def _input_search(group: Sequence[Linear], rows: Rows, shapes: Shapes, recipe: R
     after_gelu = follows_gelu(origin(value, shapes))
     weights = [linear.weight for linear in group]
     return linear_input_search(
-        rows, weights, recipe.range_method, two_regions=recipe.opt_m and after_gelu, seed=recipe.seed
+        rows,
+        weights,
+        recipe.range_method,
+        two_regions=recipe.opt_m and after_gelu,
+        corrected=recipe.compensation,
+        seed=recipe.seed,
     )
 
 

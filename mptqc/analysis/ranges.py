@@ -85,7 +85,7 @@ def _percentile_range(points: Points) -> tuple[float, float]:
 
 
 def linear_input_search(
-    rows: Rows, weights: Sequence[Array], method: RangeMethod, *, two_regions: bool, seed: int
+    rows: Rows, weights: Sequence[Array], method: RangeMethod, *, two_regions: bool, seed: int, corrected: bool = False
 ) -> Search:
     """The search for the input quantizer of the Linears that read one value.
 
@@ -95,16 +95,45 @@ def linear_input_search(
         method: how to choose.
         two_regions: whether OPT-m is tried.
         seed: of the choice of elements.
+        corrected: whether weights and biases will be compensated: then only what they cannot mend counts.
     """
     points = points_of(rows.rows, rows.weights, float(rows.low.min()), float(rows.high.max()), seed)
     factor = output_factor(weights)
     root = np.sqrt(rows.weights)[:, None]
 
     def output_error(quantizer: ActivationQuantizer) -> float:
-        error = (fake_quantize(quantizer, rows.rows) - rows.rows) * root
-        return float(np.square(error @ factor).sum())
+        found = fake_quantize(quantizer, rows.rows)
+        error = found - rows.rows
+        if corrected:
+            error = uncorrected(error, found, rows.weights)
+        return float(np.square((error * root) @ factor).sum())
 
     return lambda bits: search_quantizer(points, bits, method, two_regions=two_regions, output_error=output_error)
+
+
+def uncorrected(error: Array, found: Array, weights: Array) -> Array:
+    """What is left of an error e [n, K] once each channel is mended by the affine map of x̂ that does it best; [n, K].
+
+    Compensation does that and more: a mean error goes into the bias, a share of x̂ into the weight's row.
+
+    Args:
+        error: e = x̂ − x.
+        found: x̂, [n, K].
+        weights: what each row counts, [n].
+    """
+    share = weights / weights.sum()
+    centred = found - share @ found
+    left = error - share @ error
+    variance = share @ np.square(centred)
+    slope = np.divide(share @ (centred * left), variance, out=np.zeros_like(variance), where=variance > 0)
+    mended: Array = left - slope * centred
+    return mended
+
+
+def _left_of_head(error: Array, context: Array) -> float:
+    """The error of one head's context [slices, T, d] that no affine map of its channels mends."""
+    error, found = (values.reshape(-1, values.shape[-1]) for values in (error, context + error))
+    return float(np.square(uncorrected(error, found, np.ones(len(error), np.float32))).sum())
 
 
 def output_factor(weights: Sequence[Array]) -> Array:
@@ -116,10 +145,21 @@ def output_factor(weights: Sequence[Array]) -> Array:
     return factor
 
 
-def attention_searches(slices: Slices, method: RangeMethod, *, two_regions: bool, seed: int) -> Mapping[str, Search]:
-    """The searches for q, k, p and v of one attention; two regions are tried for the probabilities (p) only."""
+def attention_searches(
+    slices: Slices, method: RangeMethod, *, two_regions: bool, seed: int, corrected: bool = False
+) -> Mapping[str, Search]:
+    """The searches for q, k, p and v of one attention; two regions are tried for the probabilities (p) only.
+
+    Args:
+        slices: operands of the products.
+        method: how to choose.
+        two_regions: whether OPT-m is tried.
+        seed: of the choice of elements.
+        corrected: whether the Linear that reads the context will be compensated: then only what it cannot mend counts.
+    """
     q, k, p, v = slices.q, slices.k, slices.p, slices.v
     row_scale = 1 / p.sum(axis=-1, keepdims=True)  # 1, or r where p is E: probabilities sum to 1
+    context, heads = np.matmul(p, v) * row_scale, np.unique(slices.heads)
     k_centred = k - k.mean(axis=1, keepdims=True)
     k_moment = np.matmul(k_centred.transpose(0, 2, 1), k_centred)
     q_moment = np.matmul(q.transpose(0, 2, 1), q)
@@ -134,10 +174,15 @@ def attention_searches(slices: Slices, method: RangeMethod, *, two_regions: bool
         return float(np.sum(np.matmul(error, q_moment) * error))
 
     def p_error(quantizer: ActivationQuantizer) -> float:
-        return float(np.square(np.matmul(fake_quantize(quantizer, p) - p, v) * row_scale).sum())
+        return context_error(np.matmul(fake_quantize(quantizer, p) - p, v) * row_scale)
 
     def v_error(quantizer: ActivationQuantizer) -> float:
-        return float(np.square(np.matmul(p, fake_quantize(quantizer, v) - v) * row_scale).sum())
+        return context_error(np.matmul(p, fake_quantize(quantizer, v) - v) * row_scale)
+
+    def context_error(error: Array) -> float:
+        if not corrected:
+            return float(np.square(error).sum())
+        return sum(_left_of_head(error[slices.heads == head], context[slices.heads == head]) for head in heads)
 
     def search(values: Array, error: OutputError, allowed: bool) -> Search:
         points = points_of(values, None, float(values.min()), float(values.max()), seed)

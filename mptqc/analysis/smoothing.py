@@ -42,6 +42,8 @@ def plan_norm(
     activation_bits: int,
     alphas: Sequence[float],
     seed: int,
+    *,
+    corrected: bool = False,
 ) -> Smoothing:
     """The smoothing of one norm's output.
 
@@ -51,13 +53,16 @@ def plan_norm(
         weight_bits: of the readers; activation_bits: of their common input.
         alphas: migration strengths to try.
         seed: of the choice of elements.
+        corrected: whether biases will be compensated: then mean errors do not count.
     """
     weight = np.concatenate(weights, axis=1)
     shift, reach = _middle(rows), _half_range(rows)
     trials = [Smoothing(None, np.zeros_like(shift), np.ones_like(shift))]
     for alpha in alphas:
         trials.append(Smoothing(alpha, shift, migration_scale(reach, weight, alpha)))
-    errors = [_trial_error(rows, weight, trial, weight_bits, activation_bits, seed) for trial in trials]
+    errors = [
+        _trial_error(rows, weight, trial, weight_bits, activation_bits, seed, corrected=corrected) for trial in trials
+    ]
     return trials[int(np.argmin(errors))]
 
 
@@ -91,6 +96,7 @@ def _trial_error(
     seed: int,
     *,
     two_regions: bool = False,
+    corrected: bool = False,
 ) -> float:
     """‖Q(x')Q(W') − x'W'‖² over sampled rows."""
     smoothed = (rows.rows - trial.shift) / trial.scale
@@ -104,11 +110,20 @@ def _trial_error(
     weight_scale = search_weight_scale(scaled, weight_bits, None)
     codes = quantize_weight(scaled, weight_scale, weight_bits) * weight_scale
     error = fake_quantize(quantizer, smoothed) @ codes - smoothed @ scaled
+    if corrected:
+        error -= rows.weights @ error / rows.weights.sum()
     return float(rows.weights @ np.square(error).sum(axis=1))
 
 
 def plan_gelu(
-    rows: Rows, weights: Sequence[Array], weight_bits: int, activation_bits: int, seed: int, *, two_regions: bool
+    rows: Rows,
+    weights: Sequence[Array],
+    weight_bits: int,
+    activation_bits: int,
+    seed: int,
+    *,
+    two_regions: bool,
+    corrected: bool = False,
 ) -> Smoothing:
     """The scale of one GELU's output; its shift is 0: exact zeros stay zeros.
 
@@ -118,6 +133,7 @@ def plan_gelu(
         weight_bits: of the readers; activation_bits: of their common input.
         seed: of the choice of elements.
         two_regions: whether that input may have an OPT-m quantizer.
+        corrected: as for `plan_norm`.
     """
     weight = np.concatenate(weights, axis=1)
     reach = np.maximum(np.maximum(np.abs(rows.low), np.abs(rows.high)), SMALLEST)
@@ -127,7 +143,9 @@ def plan_gelu(
         logarithm = exponent * np.log(reach)
         trials.append(Smoothing(exponent, no_shift, np.exp(logarithm - logarithm.mean()).astype(np.float32)))
     errors = [
-        _trial_error(rows, weight, trial, weight_bits, activation_bits, seed, two_regions=two_regions)
+        _trial_error(
+            rows, weight, trial, weight_bits, activation_bits, seed, two_regions=two_regions, corrected=corrected
+        )
         for trial in trials
     ]
     return trials[int(np.argmin(errors))]

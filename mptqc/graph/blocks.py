@@ -60,6 +60,58 @@ def channel_readers(value: ir.Value, name: str, model: ir.Model, shapes: Shapes)
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Rows start..start + C of a Linear's weight meet the C channels of a value, or their mean over some tokens."""
+
+    linear: Linear
+    start: int
+
+
+def pooled_readers(value: ir.Value, model: ir.Model, shapes: Shapes) -> list[Reading] | None:
+    """The Linears that read a value's channels, also pooled over tokens or side by side with other channels.
+
+    An affine map of the channels (last axis) can be folded into all of them: it commutes with choosing and averaging
+    tokens. None if anything else reads the value.
+    """
+    by_node = {linear.matmul: linear for linear in find_linears(model)}
+    found: list[Reading] = []
+    frontier = [(value, 0)]
+    while frontier:
+        value, start = frontier.pop()
+        if value.is_graph_output():
+            return None
+        for use in value.uses():
+            result = use.node.outputs[0]
+            if use.node in by_node and use.idx == 0:
+                found.append(Reading(by_node[use.node], start))
+            elif use.idx == 0 and _pools_tokens(use.node, value, shapes):
+                frontier.append((result, start))
+            elif is_op(use.node, "Concat") and _axis(use.node) in (-1, len(shapes[str(value.name)]) - 1):
+                before = use.node.inputs[: use.idx]
+                frontier.append((result, start + sum(shapes[str(one.name)][-1] for one in before if one is not None)))
+            else:
+                return None
+    return found
+
+
+def _pools_tokens(node: ir.Node, value: ir.Value, shapes: Shapes) -> bool:
+    """True if each row of the result is a row of the value, or a mean of some of its rows."""
+    rank = len(shapes[str(value.name)])
+    if is_op(node, "Gather"):
+        return _axis(node) not in (-1, rank - 1)
+    if is_op(node, "Slice", "ReduceMean"):
+        position = 3 if is_op(node, "Slice") else 1
+        axes = constant_of(node.inputs[position]) if len(node.inputs) > position else None
+        return axes is not None and not {-1, rank - 1} & {int(axis) for axis in axes.reshape(-1)}
+    kept = shapes[str(node.outputs[0].name)][-1:] == shapes[str(value.name)][-1:]
+    return kept and is_op(node, "Reshape", "Squeeze", "Unsqueeze", "Identity")
+
+
+def _axis(node: ir.Node) -> int:
+    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+
+
+@dataclass(frozen=True)
 class Activation:
     """A Gelu whose channels are read by Linears alone; its site is the first one's."""
 

@@ -13,7 +13,7 @@ from mptqc import api
 from mptqc.analysis.verify_native import check_native_numbers
 from mptqc.cli.app import main
 from mptqc.errors import ProviderError
-from mptqc.graph.native_nodes import native_nodes
+from mptqc.graph.native_nodes import ATTENTION_OPS, native_nodes
 from mptqc.recipe import Target
 from mptqc.runtime.session import PROVIDER_KEY, Session, create_session
 
@@ -59,8 +59,13 @@ def test_every_operator_gives_what_the_plan_means(compile_zoo, zoo_samples, emul
         return feeds | dict(zip(wanted, session.run(wanted, feeds), strict=True))
 
     plan = file.compiled.plan
-    checks = check_native_numbers(native_nodes(lowered), plan, run)
-    assert len(checks) == len(native_nodes(lowered))
+    nodes = native_nodes(lowered)
+    by_row = [node for node in nodes if node.op_type in ATTENTION_OPS and node.attributes["row_scale"].as_int()]
+    assert bool(by_row) == (options.get("row_scale", False) and "coverage" not in options)
+    multiplied = [node for node in nodes if node.op_type == "LinearQuantize" and len(node.inputs) == 5]
+    assert bool(multiplied) == options.get("gelu_folds", False)
+    checks = check_native_numbers(nodes, plan, run)
+    assert len(checks) == len(nodes)
     assert [check.site for check in checks if check.code_mismatches or check.error > 1] == []
 
 

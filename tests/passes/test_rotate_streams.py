@@ -38,7 +38,9 @@ SHAPES = {
     "beta2": (WIDTH,),
     "w2": (WIDTH, 3),
     "b2": (3,),
+    "wide": (2 * WIDTH, 3),
 }
+INDICES = {"first": np.array(0), "one": np.array([1]), "four": np.array([4])}
 HEAD = "m2 = MatMul(n2, w2)\n  y = Add(m2, b2)"
 
 
@@ -49,10 +51,10 @@ def make(tail: str, outputs: str = "float[] y") -> ir.Model:
     for node in model.graph:
         node.name = str(node.outputs[0].name)
         for index, value in enumerate(node.inputs):
-            if value is not None and value.name in SHAPES:
+            if value is not None and value.name in (*SHAPES, *INDICES):
                 by_use.setdefault(str(value.name), []).append((node, index))
     for name, uses in by_use.items():
-        array = random.standard_normal(SHAPES[name]).astype(np.float32)
+        array = INDICES[name] if name in INDICES else random.standard_normal(SHAPES[name]).astype(np.float32)
         if name == "b1":
             array[2] = 40.0  # an outlier channel in the stream
         tensor = ir.tensor(array, name=name)
@@ -102,7 +104,22 @@ def test_outlier_channel_is_spread() -> None:
     assert np.abs(bias.const_value.numpy()).max() < 30.0
 
 
-def test_norm_with_another_reader_is_turned_back_behind_it() -> None:
+def test_head_of_first_token_and_mean_takes_the_rotation() -> None:
+    tail = """c = Gather <axis = 1> (n2, first)
+  s = Slice(n2, one, four, one)
+  p = ReduceMean <keepdims = 0> (s, one)
+  f = Concat <axis = 1> (c, p)
+  m2 = MatMul(f, wide)
+  y = Add(m2, b2)"""
+    count = len(make(tail).graph)
+    assert len(check_equal(tail).graph) == count
+
+
+def test_stream_that_ends_the_graph_is_turned_back() -> None:
+    check_equal("", "float[] n2, float[] r", ("n2", "r"))
+
+
+def test_norm_with_another_reader_is_turned_back_before_it() -> None:
     model = check_equal("y = Sigmoid(n2)")
     assert sum(node.op_type == "MatMul" for node in model.graph) == 3
 

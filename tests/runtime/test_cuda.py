@@ -95,6 +95,24 @@ def test_a_malformed_model_is_not_blamed_on_the_provider(cuda_model: bytes, monk
 
 
 @pytest.mark.usefixtures("with_provider")
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_cuda_graph_is_asked_of_the_provider(cuda_model: bytes, monkeypatch: pytest.MonkeyPatch, cuda_graph: bool):
+    asked = []
+
+    def refuse(source, options, providers, enable_fallback):
+        asked.extend(providers)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(session_module, "_register_kernels", lambda options, provider: None)
+    monkeypatch.setattr(session_module, "Session", refuse)
+    with pytest.raises(ModelError):
+        create_session(cuda_model, provider="cuda", cuda_graph=cuda_graph)
+    (name, options), cpu = asked
+    assert (name, cpu) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options == {**session_module.CUDA_OPTIONS, **({"enable_cuda_graph": "1"} if cuda_graph else {})}
+
+
+@pytest.mark.usefixtures("with_provider")
 def test_doctor_says_that_there_are_no_cuda_kernels():
     assert diagnose().cuda_kernel_library == NO_CUDA_KERNELS
 
