@@ -5,8 +5,8 @@
 
 TensorRT takes zero points of 0 only. With n = code - zero point from n0 to n1, as far as x reaches, a quantizer whose n
 all fit int8 is kept exactly, with scale' = scale; others get scale' = max(|n0|, |n1|)·scale/127: coarser steps. Either
-way x is clipped to [n0·scale, n1·scale] first. Two-region quantizers have no such form and are refused. A second run is
-refused by its stage.
+way x is clipped to [n0·scale, n1·scale] first. Two-region quantizers have no such form and are refused, as are tensors
+that are quantized between the products (full coverage). A second run is refused by its stage.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.errors import RefusalError
-from mptqc.graph.edit import Builder, remove_dead, replace_value
+from mptqc.graph.edit import Builder, constant_of, is_op, remove_dead, replace_value
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, find_sources, stored_weight
 from mptqc.graph.quantizer_match import FoundQuantizer, match_quantizer
 from mptqc.graph.quantizer_nodes import lowest_code
@@ -38,11 +38,12 @@ class LowerToTensorRt(Pass):
         """Find all products and their quantizers, then rewrite them.
 
         Raises:
-            RefusalError: a quantizer has two regions; the sites are named.
+            RefusalError: a quantizer has two regions, or is not before a product; the sites are named.
             VerifyError: a product is not in the form that the quantize passes write.
         """
         products = find_integer_products(model)
         quantizers = _find_quantizers(products)
+        _refuse_tensors(model)
         for quantizer in quantizers:
             _widen(_emit_symmetric(quantizer), quantizer.codes)
         for product in products:
@@ -69,6 +70,17 @@ def _find_quantizers(products: list[IntegerProduct]) -> list[FoundQuantizer]:
             "with --no-opt-m"
         )
     return list(found.values())
+
+
+def _refuse_tensors(model: ir.Model) -> None:
+    """Products read codes; what is opened again by itself is a tensor of full coverage."""
+    opened = [node for node in model.graph if is_op(node, "DequantizeLinear") and constant_of(node.inputs[0]) is None]
+    if opened:
+        sites = list(dict.fromkeys(str(node.name).partition("/")[0] for node in opened))
+        raise RefusalError(
+            f"TensorRT takes quantizers with a zero point of 0 before products, and {len(sites)} tensors have others "
+            f"({', '.join(sites[:3])}, …); compile the model with --coverage partial"
+        )
 
 
 def _emit_symmetric(found: FoundQuantizer) -> ir.Value:

@@ -12,7 +12,7 @@ from cuda_kernels import ROOT
 from mptqc import api
 from mptqc.analysis.verify_native import check_native_numbers
 from mptqc.cli.app import main
-from mptqc.errors import ProviderError
+from mptqc.errors import ProviderError, RefusalError
 from mptqc.graph.native_nodes import ATTENTION_OPS, native_nodes
 from mptqc.recipe import Target
 from mptqc.runtime.session import PROVIDER_KEY, Session, create_session
@@ -34,10 +34,10 @@ def on_emulated_device(model: onnx.ModelProto, library: Path) -> Session:
 
 
 CASES = [
-    ("vit", {}),
-    ("swin", {}),
     ("vit", {"row_scale": True, "gelu_folds": True}),
-    ("swin", {"row_scale": True, "coverage": "full"}),
+    ("swin", {"row_scale": True, "gelu_folds": True}),
+    ("vit", {"row_scale": False, "gelu_folds": False}),
+    ("swin", {"row_scale": True, "gelu_folds": False, "coverage": "full"}),
 ]
 
 
@@ -61,9 +61,9 @@ def test_every_operator_gives_what_the_plan_means(compile_zoo, zoo_samples, emul
     plan = file.compiled.plan
     nodes = native_nodes(lowered)
     by_row = [node for node in nodes if node.op_type in ATTENTION_OPS and node.attributes["row_scale"].as_int()]
-    assert bool(by_row) == (options.get("row_scale", False) and "coverage" not in options)
     multiplied = [node for node in nodes if node.op_type == "LinearQuantize" and len(node.inputs) == 5]
-    assert bool(multiplied) == options.get("gelu_folds", False)
+    if "coverage" not in options:  # which leaves attentions in standard operators, and scales channels elsewhere
+        assert (bool(by_row), bool(multiplied)) == (options["row_scale"], options["gelu_folds"])
     checks = check_native_numbers(nodes, plan, run)
     assert len(checks) == len(nodes)
     assert [check.site for check in checks if check.code_mismatches or check.error > 1] == []
@@ -79,6 +79,12 @@ def test_lowering_marks_the_model_and_the_cpu_refuses_it(compile_zoo, tmp_path, 
     assert {entry.key: entry.value for entry in model.metadata_props}[PROVIDER_KEY] == "cuda"
     with pytest.raises(ProviderError, match="was compiled for provider 'cuda'"):
         create_session(output)
+
+
+def test_tensorrt_refuses_tensors_between_the_products(compile_zoo):
+    path = compile_zoo("vit", "w8a8", coverage="full", **(QUICK | {"opt_m": False})).path
+    with pytest.raises(RefusalError, match=r"\d+ tensors have others \(patch_embed\.output, .*--coverage partial"):
+        api.lower(path, target="tensorrt")
 
 
 @pytest.mark.parametrize("model", ["vit", "swin"])
