@@ -99,7 +99,7 @@ def test_between_the_operators_it_is_float16(compile_zoo, model):
         assert [(value.name, value.dtype) for value in mine] == [(value.name, ir.DataType.FLOAT) for value in theirs]
 
 
-@pytest.mark.parametrize(("float16", "least_db"), [(False, 60), (True, 35)])
+@pytest.mark.parametrize(("float16", "least_db"), [(False, 45), (True, 35)])
 def test_whole_models_agree_with_the_cpu(compile_zoo, zoo_samples, emulated_library, float16, least_db):
     """With float32 only softmax and norms differ; rounding to float16 moves codes, by less than quantization did."""
     path = compile_zoo("vit", "w8a8", samples=16, compensation=False).path
