@@ -333,7 +333,7 @@ def test_patches(kernels, shift, shape):
         assert np.array_equal(kernels.shifted(shift).patches(x, patch_height, patch_width, quantizer), expected)
 
 
-def test_a_kernel_can_be_captured_into_a_graph(on_gpu):
+def test_a_kernel_can_be_captured_into_a_graph_on_gpu(on_gpu):
     """The one that asks for more shared memory than a kernel has by itself."""
     memory = on_gpu.new_memory()
     runtime, check = memory.runtime, memory.check
