@@ -101,7 +101,7 @@ def compile(
         model: the float ONNX file.
         calibration: a folder of images, an .npz (`images` or the input's name) or an .npy.
         preset: "w8a8", "w6a6", "w4a4", …; see `mptqc.recipe.PRESETS`.
-        effort: "fast", "balanced" or "best": how many images, views of them and passes; see `mptqc.recipe.EFFORTS`.
+        effort: "fast", "balanced" or "best": how many images, and views of them; see `mptqc.recipe.EFFORTS`.
         recipe: a TOML file of `mptqc.recipe.Recipe` keys; wins over effort and preset.
         preprocess: preset name or JSON file of the preprocessing; mean, std: as flags. Default: the model's metadata.
         mean: per channel, of pixels scaled to 0..1.

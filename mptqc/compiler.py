@@ -106,7 +106,8 @@ def compile_model(
         model_digest=model_digest(path), recipe=recipe, preprocess=preprocess, refusals=float_layers(model)
     )
     rotate(model, recipe)
-    used = passes(samples, recipe)[0].take(OBSERVED_IMAGES, recipe.seed)
+    views = views_of(samples, recipe)
+    used = views.take(OBSERVED_IMAGES, recipe.seed)
     plan = plan_folds(model, concrete_shapes(model), used, plan, report)
     fold(model, plan)
     plan = plan_quantizers(model, concrete_shapes(model), used, plan, report)
@@ -120,7 +121,7 @@ def compile_model(
             executor=executor, checkpoint=checkpoint,
         )  # fmt: skip
     if recipe.compensation:
-        plan = compensate(model, concrete_shapes(model), passes(samples, recipe), plan, quantize, report)
+        plan = compensate(model, concrete_shapes(model), views, plan, quantize, report)
     prune(model)
     smoothed = ir.from_proto(ir.to_proto(model))
     emit(model, plan)
@@ -181,13 +182,12 @@ def _at_point(model: ir.Model, plan: QuantPlan, at: float, samples: Samples | No
     plan = plan.model_copy(update={"path": path.model_copy(update={"end_bytes": point.bytes})})
     if samples is None or not plan.recipe.compensation:
         return plan
-    return compensate(model, shapes, passes(samples, plan.recipe), plan, quantize, report)
+    return compensate(model, shapes, views_of(samples, plan.recipe), plan, quantize, report)
 
 
-def passes(samples: Samples, recipe: Recipe) -> list[Samples]:
-    """What each pass of compensation sees: the recipe's images, each time with other views of them."""
-    chosen = samples.take(recipe.samples, recipe.seed)
-    return [augmented(chosen, recipe.views, recipe.seed + number) for number in range(recipe.passes)]
+def views_of(samples: Samples, recipe: Recipe) -> Samples:
+    """The images that the recipe asks for, in as many views."""
+    return augmented(samples.take(recipe.samples, recipe.seed), recipe.views, recipe.seed)
 
 
 def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:

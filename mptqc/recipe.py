@@ -144,7 +144,6 @@ class Recipe(BaseModel):
         target: operators the emitted model may use.
         samples: calibration images used, at most.
         views: augmented views made of each calibration image, the image itself included; 1 makes none.
-        passes: passes of compensation, each over other views of the images.
         seed: seed of every random choice.
         range_method: how activation ranges are found.
         rotation: rotation of the residual streams and of the heads, seeded by `seed`.
@@ -176,7 +175,6 @@ class Recipe(BaseModel):
     target: Target = Target.PORTABLE
     samples: Annotated[int, Field(ge=1)] = 64
     views: Annotated[int, Field(ge=1, le=16)] = 1
-    passes: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     range_method: RangeMethod = RangeMethod.OUTPUT
     rotation: bool = False
@@ -233,9 +231,9 @@ class Effort(StrEnum):
 
 EFFORTS: Mapping[Effort, Mapping[str, Any]] = MappingProxyType(
     {
-        Effort.FAST: MappingProxyType({"samples": 64, "views": 1, "passes": 1}),
-        Effort.BALANCED: MappingProxyType({"samples": 128, "views": 4, "passes": 1}),
-        Effort.BEST: MappingProxyType({"samples": 512, "views": 4, "passes": 4}),
+        Effort.FAST: MappingProxyType({"samples": 64, "views": 1}),
+        Effort.BALANCED: MappingProxyType({"samples": 128, "views": 4}),
+        Effort.BEST: MappingProxyType({"samples": 512, "views": 4}),
     }
 )
 """What each effort asks for; a preset, a recipe file and single options win over it."""

@@ -26,7 +26,7 @@ from mptqc.data.preprocess import Preprocessing
 from mptqc.data.preprocess_sources import load_preprocessing
 from mptqc.data.samples import Samples
 from mptqc.graph.io import save_model
-from mptqc.recipe import Recipe, make_recipe
+from mptqc.recipe import Coverage, Effort, Recipe, make_recipe
 from mptqc.runtime.evaluate import Evaluation, evaluate
 from mptqc.runtime.model_io import image_input
 from mptqc.runtime.session import create_session
@@ -87,7 +87,10 @@ def main() -> None:
                 recipes = {name: recipe_of(arguments, options) for name, options in WITHOUT.items()}
                 print_table(case, recipes, arguments, folder)
             if "bits" in arguments.tables:
-                recipes = {preset: make_recipe(preset, options=common_options(arguments)) for preset in BITS}
+                recipes = {
+                    preset: make_recipe(preset, options=common_options(arguments), effort=arguments.effort)
+                    for preset in BITS
+                }
                 print_table(case, recipes, arguments, folder)
             if "peers" in arguments.tables:
                 print_peers(case, arguments, folder)
@@ -100,7 +103,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=zoo, choices=[*zoo, "focus", "probe"])
     parser.add_argument("--preset", default="w4a4")
     parser.add_argument("--tables", nargs="+", default=["ladder"], choices=["ladder", "without", "bits", "peers"])
-    parser.add_argument("--samples", type=int, default=64, help="calibration images")
+    parser.add_argument("--effort", default=Effort.BALANCED, choices=list(Effort))
+    parser.add_argument("--samples", type=int, help="calibration images (default: by effort)")
+    parser.add_argument("--coverage", choices=list(Coverage))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rotation", action="store_true", help="rotate in every recipe")
     parser.add_argument("--test-images", type=int, help="use no more of them")
@@ -129,12 +134,12 @@ def ladder(arguments: argparse.Namespace) -> dict[str, Recipe]:
 
 def recipe_of(arguments: argparse.Namespace, options: Options) -> Recipe:
     """The preset with some options changed."""
-    return make_recipe(arguments.preset, options={**common_options(arguments), **options})
+    return make_recipe(arguments.preset, options={**common_options(arguments), **options}, effort=arguments.effort)
 
 
 def common_options(arguments: argparse.Namespace) -> Options:
     """What every recipe has in common."""
-    return {"samples": arguments.samples, "rotation": arguments.rotation}
+    return {"samples": arguments.samples, "rotation": arguments.rotation, "coverage": arguments.coverage}
 
 
 def open_cases(arguments: argparse.Namespace, folder: Path) -> Iterator[Case]:
@@ -177,7 +182,8 @@ def print_table(case: Case, recipes: Mapping[str, Recipe], arguments: argparse.N
 
 def print_peers(case: Case, arguments: argparse.Namespace, folder: Path) -> None:
     """Quantize to 8 bits with other tools and with ours, from the same images, and evaluate."""
-    samples = case.calibration.take(arguments.samples, 0)
+    recipe = make_recipe("w8a8", options=common_options(arguments), effort=arguments.effort)
+    samples = case.calibration.take(recipe.samples, recipe.seed)
     path = folder / "peer.onnx"
     tools: dict[str, Callable[[], None]] = {
         "ORT static": lambda: write_static_int8(case.model, path, samples, case.input_name),
@@ -190,7 +196,6 @@ def print_peers(case: Case, arguments: argparse.Namespace, folder: Path) -> None
         start = time.perf_counter()
         write()
         print_result(name, path, time.perf_counter() - start, case, arguments)
-    recipe = make_recipe("w8a8", options=common_options(arguments))
     start = time.perf_counter()
     save_model(compile_model(case.model, case.calibration, recipe).model, path)
     print_result("mptqc W8A8", path, time.perf_counter() - start, case, arguments)
@@ -201,8 +206,8 @@ def print_heading(case: Case, arguments: argparse.Namespace) -> None:
     reference = evaluate(case.model, case.test, threads=arguments.threads)
     accuracy = "" if reference.top1 is None else f", float top-1 {100 * reference.top1:.1f} %"
     print(
-        f"\n{case.name}, {arguments.preset.upper()} where no bits are named, {arguments.samples} calibration images, "
-        f"seed 0, {case.test.count} test images{accuracy}\n"
+        f"\n{case.name}, {arguments.preset.upper()} where no bits are named, effort {arguments.effort}, seed 0, "
+        f"{case.test.count} test images{accuracy}\n"
     )
     print_row(["step", "SQNR dB", "agreement", "top-1", "seconds to make"])
     print_row(["--", "--:", "--:", "--:", "--:"])

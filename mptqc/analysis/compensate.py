@@ -5,7 +5,7 @@ hand; its target is the float output and, where the output is added to the resid
 quantized one besides: each branch repairs the drift so far (METHOD, recipe step 6).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -30,7 +30,7 @@ Quantize = Callable[[ir.Model, QuantPlan], None]
 
 BATCH = 8
 HOLD_OUT = 4
-MOST_ROWS = 65_536
+MOST_ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -55,47 +55,23 @@ class Member:
 
 
 def compensate(
-    model: ir.Model, shapes: Shapes, samples: Sequence[Samples], plan: QuantPlan, quantize: Quantize, report: Progress
+    model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPlan, quantize: Quantize, report: Progress
 ) -> QuantPlan:
     """Return the plan with weight codes, scales and a bias for every planned Linear.
 
     Args:
         model: the smoothed float model; not changed.
         shapes: its concrete shapes at batch 1.
-        samples: calibration images of each pass, one or more; each pass starts from the weights (not yet rounded)
-            that the one before it found. The values between two Linears are held for all images of a pass.
+        samples: calibration images; the values between two Linears are held for all of them.
         plan: complete with quantizers.
         quantize: applied to a private copy of the model, piece by piece.
         report: called with (step, done, total).
     """
-    layers = {layer.site for layer in plan.layers}
-    weights = {linear.site: linear.weight for linear in find_linears(model) if linear.site in layers}
-    for number, images in enumerate(samples, 1):
-        name = "compensate" if len(samples) == 1 else f"compensate, pass {number} of {len(samples)}"
-
-        def report_pass(_: str, done: int, total: int, name: str = name) -> None:
-            report(name, done, total)
-
-        found, weights = _compensate_once(model, shapes, images, plan, weights, quantize, report_pass)
-    return found
-
-
-def _compensate_once(
-    model: ir.Model,
-    shapes: Shapes,
-    samples: Samples,
-    plan: QuantPlan,
-    weights: Mapping[str, Array],
-    quantize: Quantize,
-    report: Progress,
-) -> tuple[QuantPlan, dict[str, Array]]:
-    """One pass from these weights on; the plan with what it found, and the weights before they were rounded."""
     partial = ir.from_proto(ir.to_proto(model))
     quantize(partial, plan.model_copy(update={"layers": ()}))
     exact_side, quantized_side = Frontier(model, samples, BATCH), Frontier(partial, samples, BATCH)
     layers = {layer.site: layer for layer in plan.layers}
     linears = [linear for linear in find_linears(model) if linear.site in layers]
-    better: dict[str, Array] = {}
     done = 0
     for _, sharing in groupby(linears, key=lambda linear: (linear.input.name, layers[linear.site].input)):
         report("compensate", done, len(linears))
@@ -105,14 +81,11 @@ def _compensate_once(
         ]
         exact_side.advance([value for member in group for value in _needed(member.linear, member.residual)])
         quantized_side.advance([value for member in group for value in _needed(member.twin, member.residual)])
-        start = np.concatenate([weights[member.linear.site] for member in group], axis=1)
-        arrays, mended = _solve(*_collect(group, exact_side, quantized_side), group, start)
-        better |= mended
-        plan = plan.with_arrays(arrays)
+        plan = plan.with_arrays(_solve(*_collect(group, exact_side, quantized_side), group))
         quantize(partial, _only(plan, group))
         done += len(group)
     report("compensate", done, len(linears))
-    return plan, better
+    return plan
 
 
 def _only(plan: QuantPlan, group: Sequence[Member]) -> QuantPlan:
@@ -199,24 +172,21 @@ def _target(
     return target
 
 
-def _solve(
-    fit: Moments, held_out: Moments, group: Sequence[Member], weight: Array
-) -> tuple[dict[str, NDArray[np.generic]], dict[str, Array]]:
-    """Scales, codes and biases of a group, whose weights W [K, N] stand side by side; and its weights unrounded."""
+def _solve(fit: Moments, held_out: Moments, group: Sequence[Member]) -> dict[str, NDArray[np.generic]]:
+    """Scales, codes and biases of a group."""
     moments = fit + held_out
     hessian = moments.hessian
+    weight = np.concatenate([member.linear.weight for member in group], axis=1)
     if held_out.count:
         weight = ridge(fit, held_out, weight)
     factor = Factor.of(hessian)
     found: dict[str, NDArray[np.generic]] = {}
-    mended: dict[str, Array] = {}
     start = 0
     for member in group:
         columns = slice(start, start + member.linear.weight.shape[1])
         start = columns.stop
         part = weight[:, columns]
         site, bits = member.layer.site, member.layer.weight_bits
-        mended[site] = part
         scale = search_weight_scale(part, bits, hessian.astype(np.float32))
         codes = gptq(factor, part, scale, bits)
         found |= {
@@ -224,7 +194,7 @@ def _solve(
             f"{site}/weight_codes": codes,
             f"{site}/bias": refit_bias(moments.of_targets(columns), codes, scale),
         }
-    return found, mended
+    return found
 
 
 def _rows(side: Frontier, name: str, batch: int) -> Array:

@@ -1,8 +1,9 @@
 """SQ-b and the folds through attention: which shifts and scales make the quantized layer's output best.
 
 Norm:  b = (hi + lo)/2,  r = (hi − lo)/2,  s = r^α / max|W|^(1−α) per channel; α by the error of the readers' output
-       with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b).
-K, V:  b = (hi + lo)/2 per channel;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α).
+       with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b). So does the same with the
+       mean for b and the standard deviation for r: a few massive tokens decide lo and hi, but not where the rest lies.
+K, V:  b, r likewise;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α).
 GELU:  s = r^a per channel of its output, r the largest magnitude; "no scale" competes too.
 """
 
@@ -23,6 +24,7 @@ Array = NDArray[np.float32]
 SMALLEST = 1e-6
 LARGEST_RATIO = 1e4
 EXPONENTS = (0.0, 0.5, 1.0)
+POWERS = (0.3, 0.6)
 GELU_EXPONENTS = (0.25, 0.5, 0.75)
 
 
@@ -56,10 +58,11 @@ def plan_norm(
         corrected: whether biases will be compensated: then mean errors do not count.
     """
     weight = np.concatenate(weights, axis=1)
-    shift, reach = _middle(rows), _half_range(rows)
-    trials = [Smoothing(None, np.zeros_like(shift), np.ones_like(shift))]
-    for alpha in alphas:
-        trials.append(Smoothing(alpha, shift, migration_scale(reach, weight, alpha)))
+    channels = weight.shape[0]
+    trials = [Smoothing(None, np.zeros(channels, np.float32), np.ones(channels, np.float32))]
+    for centre, reach in centres(rows):
+        trials += [Smoothing(alpha, centre, migration_scale(reach, weight, alpha)) for alpha in alphas]
+        trials += [Smoothing(power, centre, power_scale(reach, power)) for power in POWERS if alphas]
     errors = [
         _trial_error(rows, weight, trial, weight_bits, activation_bits, seed, corrected=corrected) for trial in trials
     ]
@@ -69,22 +72,28 @@ def plan_norm(
 def migration_scale(reach: Array, weight: Array, alpha: float) -> Array:
     """s = r^α / max|W|^(1−α) per input channel, its geometric mean brought to 1 and its spread bounded; [C]."""
     largest = np.maximum(np.abs(weight).max(axis=1), SMALLEST)
-    logarithm = alpha * np.log(reach) - (1 - alpha) * np.log(largest)
-    logarithm -= logarithm.mean()
+    return _bounded(alpha * np.log(reach) - (1 - alpha) * np.log(largest))
+
+
+def power_scale(reach: Array, power: float) -> Array:
+    """s = r^a, whatever the weights are, bounded likewise; [C]."""
+    return _bounded(power * np.log(reach))
+
+
+def _bounded(logarithm: NDArray[np.floating]) -> Array:
+    logarithm = logarithm - logarithm.mean()
     scale: Array = np.exp(np.clip(logarithm, -np.log(LARGEST_RATIO), np.log(LARGEST_RATIO))).astype(np.float32)
     return scale
 
 
-def _middle(rows: Rows) -> Array:
-    """(hi + lo)/2 per channel."""
+def centres(rows: Rows) -> list[tuple[Array, Array]]:
+    """Where each channel lies and how far it reaches, two ways, [C] each: by its range, by mean and deviation."""
+    share = rows.weights / rows.weights.sum()
+    mean: Array = (share @ rows.rows).astype(np.float32)
+    deviation: Array = np.sqrt(share @ np.square(rows.rows - mean)).astype(np.float32)
     middle: Array = ((rows.high + rows.low) / 2).astype(np.float32)
-    return middle
-
-
-def _half_range(rows: Rows) -> Array:
-    """(hi − lo)/2 per channel, above zero."""
-    half: Array = np.maximum((rows.high - rows.low) / 2, SMALLEST).astype(np.float32)
-    return half
+    half_range: Array = ((rows.high - rows.low) / 2).astype(np.float32)
+    return [(middle, np.maximum(half_range, SMALLEST)), (mean, np.maximum(deviation, SMALLEST))]
 
 
 def _trial_error(
@@ -165,57 +174,59 @@ def plan_attention(
         alphas: migration strengths tried for v.
     """
     head_size = slices.q.shape[-1]
-    k_shift, v_shift = _middle(k), _middle(v)
     columns = slices.heads[:, None, None] * head_size + np.arange(head_size)
-    return {
-        "k_shift": k_shift,
-        "v_shift": v_shift,
-        "qk_scale": _search_qk_scale(q, k, k_shift, columns, slices, bits),
-        "v_scale": _search_v_scale(v, v_shift, proj_input, proj_weight, columns, slices, bits, alphas),
-    }
+    k_shift, qk_scale = _search_k(q, k, columns, slices, bits)
+    v_shift, v_scale = _search_v(v, proj_input, proj_weight, columns, slices, bits, alphas)
+    return {"k_shift": k_shift, "v_shift": v_shift, "qk_scale": qk_scale, "v_scale": v_scale}
 
 
-def _search_qk_scale(q: Rows, k: Rows, k_shift: Array, columns: NDArray[np.int64], slices: Slices, bits: int) -> Array:
-    """t = (r_q/r_k)^(a/2), a judged on scores with each row's mean removed."""
-    q_reach = np.maximum(np.abs(np.stack([q.low, q.high])).max(axis=0), SMALLEST)
-    k_reach = _half_range(k)
-    trials: list[Array] = []
-    errors = []
+def _search_k(q: Rows, k: Rows, columns: NDArray[np.int64], slices: Slices, bits: int) -> tuple[Array, Array]:
+    """K's shift, and t = (r_q/r_k)^(a/2); judged on scores with each row's mean removed."""
     exact = _centred_scores(slices.q, slices.k)
-    for exponent in EXPONENTS:
-        scale = ((q_reach / k_reach) ** np.float32(exponent / 2)).astype(np.float32)
+    q_range = np.maximum(np.abs(np.stack([q.low, q.high])).max(axis=0), SMALLEST)
+    q_reaches = (q_range, centres(q)[1][1])
+    trials = [
+        (shift, ((q_reach / k_reach) ** np.float32(exponent / 2)).astype(np.float32))
+        for (shift, k_reach), q_reach in zip(centres(k), q_reaches, strict=True)
+        for exponent in EXPONENTS
+    ]
+    errors = []
+    for shift, scale in trials:
         per_slice = scale[columns]
         scaled_q = _fake(slices.q / per_slice, bits)
-        scaled_k = _fake((slices.k - k_shift[columns]) * per_slice, bits)
+        scaled_k = _fake((slices.k - shift[columns]) * per_slice, bits)
         errors.append(np.square(_centred_scores(scaled_q, scaled_k) - exact).sum())
-        trials.append(scale)
     return trials[int(np.argmin(errors))]
 
 
-def _search_v_scale(
+def _search_v(
     v: Rows,
-    v_shift: Array,
     proj_input: Rows,
     proj_weight: Array,
     columns: NDArray[np.int64],
     slices: Slices,
     bits: int,
     alphas: Sequence[float],
-) -> Array:
-    """s by the error of proj's output: v's own error reaching it through P, and the context's as proj's input."""
-    reach = _half_range(v)
+) -> tuple[Array, Array]:
+    """V's shift, and s by the error of proj's output: v's own error through P, and the context's as proj's input."""
     importance = np.square(proj_weight).sum(axis=1)[columns]
-    context = proj_input.rows - v_shift
-    trials = [np.ones_like(reach), *(migration_scale(reach, proj_weight, alpha) for alpha in alphas)]
+    trials = []
+    for shift, reach in centres(v):
+        trials.append((shift, np.ones_like(reach)))
+        trials += [(shift, migration_scale(reach, proj_weight, alpha)) for alpha in alphas]
+    deviation = centres(proj_input)[1][1]
+    scales = [migration_scale(deviation, proj_weight, alpha) for alpha in alphas]
+    scales += [power_scale(deviation, power) for power in POWERS if alphas]
+    trials += [(shift, scale) for shift, _ in centres(v) for scale in scales]
     errors = []
-    for scale in trials:
+    for shift, scale in trials:
         per_slice = scale[columns]
-        shifted = (slices.v - v_shift[columns]) / per_slice
+        shifted = (slices.v - shift[columns]) / per_slice
         v_error = np.matmul(slices.p, (_fake(shifted, bits) - shifted) * per_slice)
         from_v = (
             np.sum(np.square(v_error) * importance) / v_error.shape[1] / len(v_error) * (len(scale) / v_error.shape[2])
         )
-        scaled = context / scale
+        scaled = (proj_input.rows - shift) / scale
         input_error = ((_fake(scaled, bits) - scaled) * scale) @ proj_weight
         from_input = proj_input.weights @ np.square(input_error).sum(axis=1) / proj_input.weights.sum()
         errors.append(float(from_v + from_input))

@@ -25,8 +25,8 @@ def compile(
         str,
         typer.Option(
             "--effort",
-            help="fast (64 images), balanced (128 images in 4 views) or best (512 images in 4 views, 4 passes): "
-            "ViT-S on 2 cores takes some 1.5, 5 and 25 minutes.",
+            help="fast (64 images), balanced (128 images in 4 views) or best (512 images in 4 views): "
+            "a ViT-S on 2 cores takes some 1.5, 4 and 15 minutes.",
         ),
     ] = "balanced",
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file of recipe keys.")] = None,
@@ -66,9 +66,6 @@ def compile(
         typer.Option(
             "--views", help="Augmented views of each calibration image, itself included (default: by effort)."
         ),
-    ] = None,
-    passes: Annotated[
-        int | None, typer.Option("--passes", help="Passes of compensation, each over other views (default: by effort).")
     ] = None,
     smoothing: Annotated[bool | None, typer.Option("--smoothing/--no-smoothing", help="SQ-b (default: on).")] = None,
     opt_m: Annotated[
@@ -177,7 +174,6 @@ def compile(
         "range_method": range_method,
         "rotation": rotation,
         "views": views,
-        "passes": passes,
         "smoothing": smoothing,
         "opt_m": opt_m,
         "attention_folds": attention_folds,

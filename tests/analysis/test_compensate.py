@@ -50,7 +50,7 @@ def plan(smoothed_vit: ir.Model, samples: Samples) -> QuantPlan:
 
 @pytest.fixture(scope="module")
 def compensated(smoothed_vit: ir.Model, samples: Samples, plan: QuantPlan) -> QuantPlan:
-    return compensate(smoothed_vit, concrete_shapes(smoothed_vit), [samples], plan, quantize, silent)
+    return compensate(smoothed_vit, concrete_shapes(smoothed_vit), samples, plan, quantize, silent)
 
 
 def quantized(model: ir.Model, plan: QuantPlan) -> ir.Model:
@@ -80,7 +80,7 @@ def test_every_planned_linear_gets_codes_scale_and_bias(compensated: QuantPlan) 
 
 def test_the_model_itself_is_not_changed(smoothed_vit: ir.Model, samples: Samples, plan: QuantPlan) -> None:
     before = ir.to_proto(smoothed_vit).SerializeToString(deterministic=True)
-    compensate(smoothed_vit, concrete_shapes(smoothed_vit), [samples], plan, quantize, silent)
+    compensate(smoothed_vit, concrete_shapes(smoothed_vit), samples, plan, quantize, silent)
     assert ir.to_proto(smoothed_vit).SerializeToString(deterministic=True) == before
 
 
@@ -106,7 +106,7 @@ def test_tensors_of_full_coverage_are_quantized_before_the_first_linear(
         calls.append((len(part.tensors), len(part.layers)))
         quantize(model, part)
 
-    compensated = compensate(smoothed_vit, shapes, [samples], plan, quantize_and_note, silent)
+    compensated = compensate(smoothed_vit, shapes, samples, plan, quantize_and_note, silent)
     assert calls[0] == (len(plan.tensors), 0)
     assert len(plan.tensors) > 0
     assert all(tensors == 0 for tensors, _ in calls[1:])

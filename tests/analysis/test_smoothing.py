@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 
 from mptqc.analysis.candidates import points_of, uniform_candidates
 from mptqc.analysis.observe import Rows, Slices
-from mptqc.analysis.smoothing import LARGEST_RATIO, migration_scale, plan_attention, plan_norm
+from mptqc.analysis.smoothing import (
+    LARGEST_RATIO,
+    POWERS,
+    centres,
+    migration_scale,
+    plan_attention,
+    plan_norm,
+    power_scale,
+)
 from mptqc.analysis.weights import search_weight_scale
 from mptqc.reference.quantizers import fake_quantize, quantize_weight
 
@@ -80,11 +88,29 @@ def test_without_strengths_a_norm_is_left_alone():
     np.testing.assert_array_equal(found.scale, 1)
 
 
-def test_the_shift_makes_every_channel_symmetric():
+def test_centres_are_the_middle_of_the_range_and_the_mean():
+    values = uneven(3)
+    rows = rows_of(values)
+    (middle, half_range), (mean, deviation) = centres(rows)
+    np.testing.assert_allclose(rows.high - middle, middle - rows.low, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(half_range, (rows.high - rows.low) / 2, rtol=1e-6)
+    np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(deviation, values.std(axis=0), rtol=1e-3)
+
+
+def test_the_shift_is_one_of_the_centres():
     rows = rows_of(uneven(3))
     found = plan_norm(rows, [weight_of(3)], 4, 4, (0.7,), 0)
-    assert found.alpha == 0.7
-    np.testing.assert_allclose(rows.high - found.shift, found.shift - rows.low, rtol=1e-4, atol=1e-4)
+    assert found.alpha in (0.7, *POWERS)
+    assert any(np.array_equal(found.shift, centre) for centre, _ in centres(rows))
+
+
+def test_massive_rows_do_not_decide_how_the_rest_is_scaled():
+    """Scales by deviation keep channels alike where one row reaches far in some of them."""
+    values = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    values[0, :4] = 30
+    deviation, half_range = centres(rows_of(values))[1][1], centres(rows_of(values))[0][1]
+    assert np.ptp(np.log(power_scale(deviation, 0.6))) < 0.5 * np.ptp(np.log(power_scale(half_range, 0.6)))
 
 
 def test_all_readers_count():
