@@ -16,7 +16,7 @@ install := $(bin)/python -m pip install --disable-pip-version-check --constraint
 set_up := $(VENV)/.created
 can_run := $(VENV)/.can-run
 can_develop := $(VENV)/.can-develop
-kernels := $(wildcard kernels/*/*)
+kernels := $(wildcard kernels/*/* kernels/*/*/*)
 
 .PHONY: demo test lint format wheel clean
 .DELETE_ON_ERROR:

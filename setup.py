@@ -1,10 +1,14 @@
 """Packaging of mptqc; the pass sources live in passes/ and are installed as mptqc.passes.
 
 The kernel library is built from kernels/ if a C++17 compiler is there, and lies beside mptqc/runtime/library.py.
-Without one the install succeeds, with a warning.
+Without one the install succeeds, with a warning. That of the CUDA kernels is built only if MPTQC_CUDA=1 asks for it, as
+it takes minutes, by the nvcc of CUDA 13 (NVCC names it, else the one on PATH); MPTQC_CUDA_ARCHITECTURES limits it to
+some architectures, as in 90,120.
 """
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -24,8 +28,24 @@ NO_GPU_WHEEL = (
 )
 
 KERNELS = "mptqc.runtime.libmptqc_kernels"
-KERNEL_SOURCES = [*HERE.glob("kernels/cpu/*.cpp"), *HERE.glob("kernels/ort/*.cpp")]
-KERNEL_HEADERS = HERE.glob("kernels/*/*.h")
+KERNEL_SOURCES = [*HERE.glob("kernels/cpu/*.cpp"), *HERE.glob("kernels/ort/*.cpp"), *HERE.glob("kernels/ort/cpu/*.cpp")]
+CUDA_KERNELS = "mptqc.runtime.libmptqc_cuda"
+CUDA_SOURCES = [
+    *HERE.glob("kernels/cuda/*.cu"),
+    *HERE.glob("kernels/ort/*.cpp"),
+    *HERE.glob("kernels/ort/cuda/*.cpp"),
+    HERE / "kernels/cpu/arguments.cpp",
+]
+CUDA_ARCHITECTURES = "80,86,89,90,100,120"
+CUDA_OPTIONS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",  # as -ffp-contract below
+    "--cudart=static",
+    "-shared",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+]
+KERNEL_HEADERS = [*HERE.glob("kernels/**/*.h")]
 COMPILE_OPTIONS = [
     "-std=c++17",
     "-O3",
@@ -37,13 +57,34 @@ COMPILE_OPTIONS = [
 ]
 
 
+def wants_cuda():
+    """Whether the library of CUDA kernels is asked for."""
+    return os.environ.get("MPTQC_CUDA", "0") == "1"
+
+
 def relative(paths):
     """Paths from this folder, as setuptools wants them, in one order everywhere."""
     return sorted(path.relative_to(HERE).as_posix() for path in paths)
 
 
 class BuildKernels(build_ext):
-    """Build a plain shared library."""
+    """Build plain shared libraries."""
+
+    def build_extension(self, ext):
+        """Build the CUDA kernels with nvcc, all else as usual."""
+        if ext.name != CUDA_KERNELS:
+            super().build_extension(ext)
+            return
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        if nvcc is None:
+            raise SystemExit("MPTQC_CUDA=1, but there is no nvcc: install CUDA 13, or let NVCC name its compiler.")
+        names = os.environ.get("MPTQC_CUDA_ARCHITECTURES", CUDA_ARCHITECTURES).split(",")
+        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+        codes.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")  # newer ones compile it at start
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{folder}" for folder in ext.include_dirs]
+        self.spawn([nvcc, *ext.extra_compile_args, *codes, *include, *ext.sources, "-o", str(target)])
 
     def get_ext_filename(self, fullname):
         """Leave Python's version out of the name."""
@@ -60,6 +101,15 @@ class PlatformWheel(bdist_wheel):
     def get_tag(self):
         """Any Python 3 will do: the library is plain C."""
         return ("py3", "none", super().get_tag()[2])
+
+
+CUDA_EXTENSION = Extension(
+    CUDA_KERNELS,
+    sources=relative(CUDA_SOURCES),
+    depends=relative(KERNEL_HEADERS),
+    include_dirs=["kernels/include", "kernels/ort/cuda"],
+    extra_compile_args=CUDA_OPTIONS,
+)
 
 
 setup(
@@ -80,11 +130,12 @@ setup(
             KERNELS,
             sources=relative(KERNEL_SOURCES),
             depends=relative(KERNEL_HEADERS),
-            include_dirs=["kernels/include"],
+            include_dirs=["kernels/include", "kernels/ort/cpu"],
             extra_compile_args=COMPILE_OPTIONS,
             language="c++",
             optional=True,
-        )
+        ),
+        *([CUDA_EXTENSION] if wants_cuda() else []),
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     install_requires=[
@@ -115,6 +166,7 @@ setup(
             "setuptools>=77",
             "scipy>=1.11",
             "distributed>=2024.8",
+            "nvidia-cuda-nvdisasm>=13; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
     entry_points={"console_scripts": ["mptqc=mptqc.cli.app:main"]},

@@ -172,7 +172,7 @@ def apply(
     return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
 
 
-def lower(model: str | Path, *, target: str = Target.CPU_NATIVE) -> CompileResult:
+def lower(model: str | Path, *, target: str = Target.CPU_NATIVE, float16: bool = True) -> CompileResult:
     """Write a compiled portable file with the operators of another target; needs neither the float model nor data.
 
     Raises:
@@ -184,7 +184,7 @@ def lower(model: str | Path, *, target: str = Target.CPU_NATIVE) -> CompileResul
         raise RecipeError(
             f"a compiled file cannot be lowered to {target!r}; the targets are {', '.join(LOWER_TARGETS)}"
         )
-    compiled = lower_compiled(Path(model), Target(target))
+    compiled = lower_compiled(Path(model), Target(target), float16=float16)
     return CompileResult(compiled.model, compiled.plan, CompileReport(None, None))
 
 
@@ -231,8 +231,11 @@ def check_output(path: Path) -> None:
 
 
 def _checked(compiled: Compiled, samples: Samples, *, verify: bool, report: Progress) -> CompileResult:
-    if verify and compiled.plan.recipe.target is Target.CPU_NATIVE and find_library() is None:
+    if verify and compiled.plan.recipe.target.is_native and find_library() is None:
         logger.warning("not verified: the kernel library is not there to run the model with; %s", HOW_TO_BUILD)
+        verify = False
+    if verify and compiled.plan.recipe.target is Target.TENSORRT:
+        logger.warning("not verified: a model for TensorRT is checked as ONNX only, and was never run there")
         verify = False
     if not verify:
         return CompileResult(compiled.model, compiled.plan, CompileReport(compiled.fidelity, None))

@@ -27,6 +27,7 @@ from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.io import load_model, model_digest, serialize
 from mptqc.graph.match import find_attentions, find_convolutions, find_linears
 from mptqc.graph.tensors import find_tensors
+from mptqc.graph.verify import check_onnx
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
 from mptqc.passes.fold_affine import FoldAffine
@@ -35,6 +36,7 @@ from mptqc.passes.fold_gelu import FoldGelu
 from mptqc.passes.fold_smoothing import FoldSmoothing
 from mptqc.passes.lower_to_cpu import LowerToCpu
 from mptqc.passes.lower_to_native import LowerToNative
+from mptqc.passes.lower_to_tensorrt import LowerToTensorRt
 from mptqc.passes.mark_tensors import MarkTensors
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.prune_tokens import PruneTokens
@@ -48,8 +50,10 @@ from mptqc.passes.separate_projections import SeparateProjections
 from mptqc.passes.set_biases import SetBiases
 from mptqc.passes.stamp_sites import StampSites
 from mptqc.passes.unfold_patches import UnfoldPatches
+from mptqc.passes.use_float16 import UseFloat16
 from mptqc.plan import PLAN_KEY, QuantPlan
 from mptqc.recipe import Coverage, Recipe, Target
+from mptqc.runtime.session import PROVIDER_KEY
 
 OBSERVED_IMAGES = 256
 """Images that folds and quantizers are searched on; compensation sees every view of every one."""
@@ -124,7 +128,7 @@ def compile_model(
     emit(model, plan)
     report("compare with float", 0, 1)
     fidelity = measure_fidelity(smoothed, model, used, recipe.seed)
-    lower(model, recipe.target)
+    lower(model, recipe)
     return Compiled(model, plan, fidelity)
 
 
@@ -163,7 +167,7 @@ def apply_plan(
         plan = _at_point(model, plan, at, samples, report)
     prune(model)
     emit(model, plan)
-    lower(model, plan.recipe.target)
+    lower(model, plan.recipe)
     return Compiled(model, plan)
 
 
@@ -278,22 +282,29 @@ def emitted_bytes(model: ir.Model, plan: QuantPlan) -> int:
     copy = ir.from_proto(ir.to_proto(model))
     prune(copy)
     emit(copy, plan)
-    lower(copy, plan.recipe.target)
+    lower(copy, plan.recipe)
     return len(serialize(copy))
 
 
-def lower(model: ir.Model, target: Target) -> None:
-    """Quantized to the operators of the target, in place."""
-    match target:
+def lower(model: ir.Model, recipe: Recipe) -> None:
+    """Quantized to the operators of the recipe's target, in place."""
+    match recipe.target:
         case Target.PORTABLE:
             return
         case Target.CPU:
             LowerToCpu()(model)
-        case Target.CPU_NATIVE:
+        case Target.CPU_NATIVE | Target.CUDA:
             LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
+        case Target.TENSORRT:
+            LowerToTensorRt()(model)
+            check_onnx(model)
+    if recipe.target is Target.CUDA:
+        if recipe.float16:
+            UseFloat16()(model)
+        model.metadata_props[PROVIDER_KEY] = "cuda"
 
 
-def lower_compiled(path: Path, target: Target) -> Compiled:
+def lower_compiled(path: Path, target: Target, *, float16: bool = True) -> Compiled:
     """Lower a compiled portable file, with no float model and no plan but the one that the file carries.
 
     Raises:
@@ -305,7 +316,8 @@ def lower_compiled(path: Path, target: Target) -> Compiled:
         raise StageError(
             f"{path} was compiled for target {plan.recipe.target.value!r}; only a file of target 'portable' is lowered"
         )
-    plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"target": target})})
-    lower(model, target)
+    recipe = plan.recipe.model_copy(update={"target": target, "float16": plan.recipe.float16 and float16})
+    plan = plan.model_copy(update={"recipe": recipe})
+    lower(model, recipe)
     model.metadata_props[PLAN_KEY] = plan.model_dump_json()
     return Compiled(model, plan)

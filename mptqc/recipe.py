@@ -37,6 +37,13 @@ class Target(StrEnum):
     PORTABLE = "portable"
     CPU = "cpu"
     CPU_NATIVE = "cpu-native"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is written with the operators of `ai.mptqc`."""
+        return self in (Target.CPU_NATIVE, Target.CUDA)
 
 
 class SiteOverride(BaseModel):
@@ -146,6 +153,7 @@ class Recipe(BaseModel):
         attention_folds: K and V shifts, q/k and v/proj scales.
         row_scale: attention probabilities are quantized relative to the largest of their row.
         gelu_folds: a scale per channel between GELU and the Linear that reads it.
+        float16: what stays float between the operators runs in float16, with target cuda.
         compensation: sequential ridge, GPTQ and bias refit of every Linear.
         sites: overrides by site pattern (shell wildcards), the last match wins, e.g.
             {"block0?.fc2": {"activation_bits": 8}}; with a budget these bits are fixed, and count.
@@ -176,6 +184,7 @@ class Recipe(BaseModel):
     attention_folds: bool = True
     row_scale: bool = True
     gelu_folds: bool = True
+    float16: bool = True
     compensation: bool = True
     sites: Mapping[str, SiteOverride] = Field(default_factory=dict)
     budget: Budget | None = None

@@ -1,10 +1,12 @@
 """Small models: at stage smoothed, as the passes that emit integers take them, and a whole ViT at stage raw."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from cuda_kernels import GLUE, KERNELS, build_emulated
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -246,3 +248,14 @@ def tiny_vit(smoothed: MakeSmoothed) -> MakeViT:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA kernels and their operators for the emulated device; ONNX Runtime's CPU provider takes them."""
+    path = tmp_path_factory.mktemp("emulated") / "libmptqc_cuda.so"
+    try:
+        build_emulated(path, [*KERNELS, *GLUE])
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return path

@@ -20,6 +20,6 @@ def build_with_emulated_amx(output: Path, folders: Sequence[str], options: Seque
     sources = [path for folder in folders for path in sorted((ROOT / "kernels" / folder).glob("*.cpp"))]
     sources.remove(ROOT / "kernels/cpu/amx_permission.cpp")  # the emulation permits itself
     emulation = f'-DMPTQC_EMULATED_AMX="{HERE / "emulated_amx.h"}"'
-    include = f"-I{ROOT / 'kernels/include'}"
-    subprocess.run([compiler, *OPTIONS, emulation, include, *options, *sources, "-o", output], check=True)
+    include = [f"-I{ROOT / 'kernels' / folder}" for folder in ("include", "ort/cpu")]
+    subprocess.run([compiler, *OPTIONS, emulation, *include, *options, *sources, "-o", output], check=True)
     return output

@@ -7,8 +7,13 @@
 namespace mptqc {
 
 // Full unrolling and inlining are a must: arrays of vectors would otherwise live in memory.
+#if defined(__CUDACC__)
+#define MPTQC_UNROLL _Pragma("unroll")
+#define MPTQC_INLINE __host__ __device__ __forceinline__
+#else
 #define MPTQC_UNROLL _Pragma("GCC unroll 16")
 #define MPTQC_INLINE inline __attribute__((always_inline))
+#endif
 
 // Has the members of a Lanes type that work on values, for kPanel of them.
 template <class L>

@@ -25,7 +25,7 @@ extern "C" {
 #define MPTQC_BLOCK_INPUTS 4
 #define MPTQC_PANEL 64 /* what the arrays of one value per output are padded to */
 
-typedef enum { MPTQC_OK = 0, MPTQC_INVALID_ARGUMENT = 1, MPTQC_OUT_OF_MEMORY = 2 } mptqc_status;
+typedef enum { MPTQC_OK = 0, MPTQC_INVALID_ARGUMENT = 1, MPTQC_OUT_OF_MEMORY = 2, MPTQC_CUDA_FAILURE = 3 } mptqc_status;
 
 /* Worst to best. */
 typedef enum {

@@ -19,7 +19,7 @@ struct Domain;
 constexpr uint32_t kApiVersion = 17;
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
-enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
 constexpr int kDefaultMemory = 0;
 
@@ -71,6 +71,8 @@ class Api {
   Status* output(KernelContext* context, size_t index, const int64_t* shape, size_t rank, Value** value) const {
     return call<Status*>(91, context, index, shape, rank, value);
   }
+  // Null on the CPU.
+  Status* stream(const KernelContext* context, void** stream) const { return call<Status*>(193, context, stream); }
   // Runs task(user, i) for each i below `total`, on the session's threads.
   Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t total, void* user) const {
     constexpr size_t one_by_one = 0;

@@ -136,4 +136,14 @@ void* Context::output(const Shape& shape) const {
   return data;
 }
 
+void Context::parallel_for(void (*task)(void*, size_t), size_t total, void* user) const {
+  check(api_, api_.parallel_for(context_, task, total, user));
+}
+
+void* Context::stream() const {
+  void* stream = nullptr;
+  check(api_, api_.stream(context_, &stream));
+  return stream;
+}
+
 }  // namespace mptqc::ort

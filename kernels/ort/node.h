@@ -2,7 +2,6 @@
 // Errors are exceptions in here; register.cpp turns them into statuses at the boundary.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -41,6 +40,9 @@ inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
+// What a kernel's MPTQC_INVALID_ARGUMENT means once shapes and attributes were checked.
+constexpr char kRefusedSizes[] = "the kernel refused its sizes; they are beyond what docs/custom-ops.md allows";
+
 // Throws `what` and what `status` says, unless it is null.
 void check(Api api, Status* status, const std::string& what = "");
 
@@ -77,25 +79,10 @@ class Context {
   bool has_input(size_t index) const { return value(index) != nullptr; }
   void* output(const Shape& shape) const;
 
-  // Runs all tasks of an operator on the session's threads.
-  template <class Arguments>
-  void run(mptqc_isa isa, const Arguments& arguments, int64_t tasks,
-           mptqc_status (*run_task)(mptqc_isa, const Arguments*, int64_t)) const {
-    struct Work {
-      mptqc_isa isa;
-      const Arguments& arguments;
-      mptqc_status (*run_task)(mptqc_isa, const Arguments*, int64_t);
-      std::atomic<int> worst;
-    } work{isa, arguments, run_task, {MPTQC_OK}};
-    const auto run_one = [](void* user, size_t task) {
-      Work& shared = *static_cast<Work*>(user);
-      const mptqc_status status = shared.run_task(shared.isa, &shared.arguments, static_cast<int64_t>(task));
-      if (status != MPTQC_OK) shared.worst = status;
-    };
-    check(api_, api_.parallel_for(context_, run_one, static_cast<size_t>(tasks), &work));
-    if (work.worst == MPTQC_OUT_OF_MEMORY) throw std::bad_alloc();
-    require(work.worst == MPTQC_OK, "the kernel refused its sizes; they are beyond what docs/custom-ops.md allows");
-  }
+  // Runs task(user, i) for each i below `total`, on the session's threads.
+  void parallel_for(void (*task)(void*, size_t), size_t total, void* user) const;
+  // The CUDA stream that the node is to run on; null on the CPU.
+  void* stream() const;
 
  private:
   const Value* value(size_t index) const;

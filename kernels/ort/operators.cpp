@@ -1,6 +1,7 @@
 #include "operators.h"
 
 #include <cmath>
+#include <vector>
 
 namespace mptqc::ort {
 namespace {
@@ -17,8 +18,8 @@ void require_shape(bool holds, const char* name, const Tensor& tensor, const std
 }
 
 std::vector<float> vector_of(const Node& node, size_t input, const char* name) {
-  const Tensor tensor = node.constant(input, name, 1);
-  return {tensor.as<float>(), tensor.as<float>() + tensor.shape.last()};
+  const Backend::Constant<float> content(node.constant(input, name, 1));
+  return {content.begin(), content.end()};
 }
 
 float positive(const Node& node, const std::string& attribute) {
@@ -35,14 +36,16 @@ int32_t code(const Node& node, const std::string& attribute) {
 
 RowTable::RowTable(const Node& node, size_t input) {
   if (!node.has_input(input)) return;
-  const Tensor table = node.constant(input, "rows", 1);
-  rows_.assign(table.as<int64_t>(), table.as<int64_t>() + table.shape.last());
-  std::vector<bool> seen(rows_.size());
-  for (const int64_t row : rows_) {
-    require(row >= 0 && row < size() && !seen[row], "rows must be a permutation of 0 to its size - 1");
+  const Backend::Constant<int64_t> table(node.constant(input, "rows", 1));
+  const std::vector<int64_t> rows(table.begin(), table.end());
+  std::vector<bool> seen(rows.size());
+  for (const int64_t row : rows) {
+    const bool inside = row >= 0 && row < static_cast<int64_t>(rows.size());
+    require(inside && !seen[row], "rows must be a permutation of 0 to its size - 1");
     seen[row] = true;
   }
-  require(!rows_.empty(), "rows is empty; leave the input out instead");
+  require(!rows.empty(), "rows is empty; leave the input out instead");
+  rows_ = Backend::Array<int64_t>(rows);
 }
 
 void RowTable::check_rows(int64_t rows) const {
@@ -52,8 +55,8 @@ void RowTable::check_rows(int64_t rows) const {
   }
 }
 
-LayerNormQuantize::LayerNormQuantize(const Node& node, mptqc_isa isa)
-    : isa_(isa),
+LayerNormQuantize::LayerNormQuantize(const Node& node, const Backend& backend)
+    : backend_(backend),
       epsilon_(positive(node, "epsilon")),
       quantizer_(node.quantizer("output")),
       gamma_(vector_of(node, 1, "gamma")),
@@ -70,32 +73,35 @@ void LayerNormQuantize::run(const Context& context) const {
   const mptqc_layer_norm arguments = {
       x.shape.rows(), width,         x.as<float>(),  gamma_.data(), beta_.data(),
       epsilon_,       table_.size(), table_.data(),  quantizer_,    static_cast<uint8_t*>(context.output(x.shape))};
-  context.run(isa_, arguments, mptqc_layer_norm_tasks(&arguments), mptqc_layer_norm_run);
+  backend_.run(context, arguments);
 }
 
-LinearBase::LinearBase(const Node& node, mptqc_isa isa)
-    : isa_(isa), scale_(vector_of(node, 2, "W_scale")), bias_(vector_of(node, 3, "bias")) {
+LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(backend) {
   const Tensor weight = node.constant(1, "W", 4);
+  std::vector<float> scale = vector_of(node, 2, "W_scale"), bias = vector_of(node, 3, "bias");
   const int64_t* shape = weight.shape.size;
-  outputs_ = static_cast<int64_t>(scale_.size());
+  outputs_ = static_cast<int64_t>(scale.size());
   groups_ = shape[1];
   const int64_t blocks = (outputs_ + kBlockOutputs - 1) / kBlockOutputs;
   require_shape(shape[0] == blocks && shape[2] == kBlockOutputs && shape[3] == kBlockInputs, "W", weight,
                 "expected [" + std::to_string(blocks) + ", K/4, 16, 4] for " + std::to_string(outputs_) + " outputs");
-  require(bias_.size() == scale_.size(), "bias and W_scale differ in size");
+  require(bias.size() == scale.size(), "bias and W_scale differ in size");
 
   const std::string activation = node.string("activation");
   require(activation == "none" || activation == "gelu", "activation must be none or gelu");
   activation_ = activation == "gelu" ? MPTQC_GELU : MPTQC_NO_ACTIVATION;
 
   const float input_scale = positive(node, "input_scale");
-  for (float& scale : scale_) scale *= input_scale;
+  for (float& each : scale) each *= input_scale;
   const int64_t padded = (outputs_ + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
-  scale_.resize(padded);
-  bias_.resize(padded);
-  offset_.resize(padded);
-  mptqc_linear_offset(weight.as<int8_t>(), groups_ * kBlockInputs, outputs_, code(node, "input_zero_point"),
-                      offset_.data());
+  scale.resize(padded);
+  bias.resize(padded);
+  std::vector<int32_t> offset(padded);
+  mptqc_linear_offset(Backend::Constant<int8_t>(weight).begin(), groups_ * kBlockInputs, outputs_,
+                      code(node, "input_zero_point"), offset.data());
+  scale_ = Backend::Array<float>(scale);
+  bias_ = Backend::Array<float>(bias);
+  offset_ = Backend::Array<int32_t>(offset);
 }
 
 mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
@@ -117,7 +123,7 @@ mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
   return arguments;
 }
 
-Linear::Linear(const Node& node, mptqc_isa isa) : LinearBase(node, isa), table_(node, 5) {}
+Linear::Linear(const Node& node, const Backend& backend) : LinearBase(node, backend), table_(node, 5) {}
 
 void Linear::run(const Context& context) const {
   Shape shape;
@@ -133,15 +139,16 @@ void Linear::run(const Context& context) const {
   arguments.table_size = table_.size();
   arguments.table = table_.data();
   arguments.output = context.output(shape);
-  context.run(isa_, arguments, mptqc_linear_tasks(&arguments), mptqc_linear_run);
+  backend_.run(context, arguments);
 }
 
-LinearQuantize::LinearQuantize(const Node& node, mptqc_isa isa)
-    : LinearBase(node, isa), quantizer_(node.quantizer("output")) {
+LinearQuantize::LinearQuantize(const Node& node, const Backend& backend)
+    : LinearBase(node, backend), quantizer_(node.quantizer("output")) {
   if (!node.has_input(4)) return;
-  multiplier_ = vector_of(node, 4, "multiplier");
-  require(multiplier_.size() == static_cast<size_t>(outputs_), "multiplier and W_scale differ in size");
-  multiplier_.resize(bias_.size());
+  std::vector<float> multiplier = vector_of(node, 4, "multiplier");
+  require(multiplier.size() == static_cast<size_t>(outputs_), "multiplier and W_scale differ in size");
+  multiplier.resize(bias_.size());
+  multiplier_ = Backend::Array<float>(multiplier);
 }
 
 void LinearQuantize::run(const Context& context) const {
@@ -150,11 +157,11 @@ void LinearQuantize::run(const Context& context) const {
   arguments.multiplier = multiplier_.empty() ? nullptr : multiplier_.data();
   arguments.quantizer = &quantizer_;
   arguments.output = context.output(shape);
-  context.run(isa_, arguments, mptqc_linear_tasks(&arguments), mptqc_linear_run);
+  backend_.run(context, arguments);
 }
 
-AttentionBase::AttentionBase(const Node& node, mptqc_isa isa)
-    : isa_(isa),
+AttentionBase::AttentionBase(const Node& node, const Backend& backend)
+    : backend_(backend),
       heads_(node.integer("heads", 1, 65536)),
       row_scale_(static_cast<int32_t>(node.integer("row_scale", 0, 1))),
       q_zero_point_(code(node, "q_zero_point")),
@@ -208,11 +215,11 @@ void AttentionBase::run(const Context& context, const mptqc_quantizer* quantizer
   arguments.probability = probability_;
   arguments.quantizer = quantizer;
   arguments.output = context.output(shape);
-  context.run(isa_, arguments, mptqc_attention_tasks(&arguments), mptqc_attention_run);
+  backend_.run(context, arguments);
 }
 
-QuantizePatches::QuantizePatches(const Node& node, mptqc_isa isa)
-    : isa_(isa),
+QuantizePatches::QuantizePatches(const Node& node, const Backend& backend)
+    : backend_(backend),
       patch_height_(node.integer("patch_height", 1, INT32_MAX)),
       patch_width_(node.integer("patch_width", 1, INT32_MAX)),
       quantizer_(node.quantizer("output")) {}
@@ -228,7 +235,7 @@ void QuantizePatches::run(const Context& context) const {
   const mptqc_patches arguments = {size[0],       size[1],      size[2],       size[3],    patch_height_,
                                    patch_width_,  x.as<float>(), quantizer_,
                                    static_cast<uint8_t*>(context.output(shape))};
-  context.run(isa_, arguments, mptqc_patches_tasks(&arguments), mptqc_patches_run);
+  backend_.run(context, arguments);
 }
 
 }  // namespace mptqc::ort

@@ -1,9 +1,7 @@
 // The operators of docs/custom-ops.md: each is made from its node, then run any number of times, on any thread.
 #pragma once
 
-#include <vector>
-
-#include "node.h"
+#include "backend.h"
 
 namespace mptqc::ort {
 
@@ -13,45 +11,45 @@ class RowTable {
   RowTable(const Node& node, size_t input);
 
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
-  const int64_t* data() const { return rows_.empty() ? nullptr : rows_.data(); }
+  const int64_t* data() const { return rows_.data(); }
   void check_rows(int64_t rows) const;
 
  private:
-  std::vector<int64_t> rows_;
+  Backend::Array<int64_t> rows_;
 };
 
 class LayerNormQuantize {
  public:
-  LayerNormQuantize(const Node& node, mptqc_isa isa);
+  LayerNormQuantize(const Node& node, const Backend& backend);
   void run(const Context& context) const;
 
  private:
-  mptqc_isa isa_;
+  Backend backend_;
   float epsilon_;
   mptqc_quantizer quantizer_;
-  std::vector<float> gamma_, beta_;
+  Backend::Array<float> gamma_, beta_;
   RowTable table_;
 };
 
 // Linear and LinearQuantize.
 class LinearBase {
  public:
-  LinearBase(const Node& node, mptqc_isa isa);
+  LinearBase(const Node& node, const Backend& backend);
 
  protected:
   // The arguments but for output and residual; `shape` becomes the product's.
   mptqc_linear prepare(const Context& context, Shape* shape) const;
 
-  mptqc_isa isa_;
+  Backend backend_;
   int32_t activation_;
   int64_t outputs_, groups_;
-  std::vector<float> scale_, bias_;
-  std::vector<int32_t> offset_;
+  Backend::Array<float> scale_, bias_;
+  Backend::Array<int32_t> offset_;
 };
 
 class Linear : LinearBase {
  public:
-  Linear(const Node& node, mptqc_isa isa);
+  Linear(const Node& node, const Backend& backend);
   void run(const Context& context) const;
 
  private:
@@ -60,25 +58,25 @@ class Linear : LinearBase {
 
 class LinearQuantize : LinearBase {
  public:
-  LinearQuantize(const Node& node, mptqc_isa isa);
+  LinearQuantize(const Node& node, const Backend& backend);
   void run(const Context& context) const;
 
  private:
   mptqc_quantizer quantizer_;
-  std::vector<float> multiplier_;
+  Backend::Array<float> multiplier_;  // empty: none
 };
 
 // Attention and AttentionQuantize.
 class AttentionBase {
  public:
-  AttentionBase(const Node& node, mptqc_isa isa);
+  AttentionBase(const Node& node, const Backend& backend);
 
  protected:
   // Runs with the output's quantizer, or null for a float output.
   void run(const Context& context, const mptqc_quantizer* quantizer) const;
 
  private:
-  mptqc_isa isa_;
+  Backend backend_;
   int64_t heads_;
   int32_t row_scale_, q_zero_point_, k_zero_point_, v_zero_point_;
   mptqc_quantizer probability_;
@@ -93,8 +91,8 @@ class Attention : AttentionBase {
 
 class AttentionQuantize : AttentionBase {
  public:
-  AttentionQuantize(const Node& node, mptqc_isa isa)
-      : AttentionBase(node, isa), quantizer_(node.quantizer("output")) {}
+  AttentionQuantize(const Node& node, const Backend& backend)
+      : AttentionBase(node, backend), quantizer_(node.quantizer("output")) {}
   void run(const Context& context) const { AttentionBase::run(context, &quantizer_); }
 
  private:
@@ -103,11 +101,11 @@ class AttentionQuantize : AttentionBase {
 
 class QuantizePatches {
  public:
-  QuantizePatches(const Node& node, mptqc_isa isa);
+  QuantizePatches(const Node& node, const Backend& backend);
   void run(const Context& context) const;
 
  private:
-  mptqc_isa isa_;
+  Backend backend_;
   int64_t patch_height_, patch_width_;
   mptqc_quantizer quantizer_;
 };

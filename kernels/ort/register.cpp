@@ -1,5 +1,4 @@
 // RegisterCustomOps, the entry point that ONNX Runtime calls, and the table of each operator.
-#include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <string>
@@ -19,12 +18,29 @@ struct Signature {
   ElementType inputs[6];
 };
 
+// An operator on float16 in place of float32; X and, in a Linear, residual and output are what changes.
+template <class Operator>
+struct Half : Operator {
+  using Operator::Operator;
+};
+
+template <class Operator>
+constexpr ElementType kFloatType = kFloat;
+template <class Operator>
+constexpr ElementType kFloatType<Half<Operator>> = kFloat16;
+
 template <class Operator>
 constexpr Signature kSignature = {};
 template <>
 constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8, 4, 3, {kFloat, kFloat, kFloat, kInt64}};
 template <>
 constexpr Signature kSignature<Linear> = {"Linear", kFloat, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<Half<LayerNormQuantize>> = {
+    "LayerNormQuantize", kUint8, 4, 3, {kFloat16, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<Half<Linear>> = {
+    "Linear", kFloat16, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat16, kInt64}};
 template <>
 constexpr Signature kSignature<LinearQuantize> = {
     "LinearQuantize", kUint8, 5, 4, {kUint8, kInt8, kFloat, kFloat, kFloat}};
@@ -49,16 +65,6 @@ Status* guarded(Api api, const std::string& where, const Work& work) noexcept {
   }
 }
 
-// The implementation that MPTQC_ISA names, or the best one.
-mptqc_isa chosen_isa() {
-  const char* name = std::getenv("MPTQC_ISA");
-  mptqc_isa isa;
-  if (mptqc_choose_isa(name, &isa) != MPTQC_OK) {
-    throw std::invalid_argument("MPTQC_ISA is \"" + std::string(name) + "\", which this processor or build lacks");
-  }
-  return isa;
-}
-
 template <class Operator>
 struct Kernel {
   Api api;
@@ -69,7 +75,7 @@ struct Kernel {
     return guarded(api, "", [&] {
       const Node node(api, info);
       try {
-        *kernel = new Kernel{api, Operator(node, chosen_isa())};
+        *kernel = new Kernel{api, Operator(node, Backend::choose(kFloatType<Operator>))};
       } catch (const std::invalid_argument& error) {
         throw std::invalid_argument("ai.mptqc " + std::string(kSignature<Operator>.name) + " " + node.name() + ": " +
                                     error.what());
@@ -89,7 +95,7 @@ struct Kernel {
       CustomOp fields = {};
       fields.version = kApiVersion;
       fields.name = [](const CustomOp*) { return kSignature<Operator>.name; };
-      fields.provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
+      fields.provider = [](const CustomOp*) { return Backend::kProvider; };
       fields.input_count = [](const CustomOp*) { return kSignature<Operator>.count; };
       fields.input_type = [](const CustomOp*, size_t index) { return int{kSignature<Operator>.inputs[index]}; };
       fields.input_characteristic = [](const CustomOp*, size_t index) {
@@ -123,6 +129,10 @@ Domain* domain(Api api) {
                                Kernel<AttentionQuantize>::record(), Kernel<QuantizePatches>::record()}) {
       check(api, api.add_operator(fresh, op));
     }
+    if constexpr (Backend::kHasFloat16) {
+      check(api, api.add_operator(fresh, Kernel<Half<LayerNormQuantize>>::record()));
+      check(api, api.add_operator(fresh, Kernel<Half<Linear>>::record()));
+    }
     made = fresh;
   }
   return made;
@@ -140,7 +150,7 @@ extern "C" MPTQC_EXPORT mptqc::ort::Status* RegisterCustomOps(
   }
   const Api api(table);
   return guarded(api, "ai.mptqc: ", [&] {
-    chosen_isa();
+    Backend::choose(kFloat);
     check(api, api.add_domain(options, domain(api)));
   });
 }

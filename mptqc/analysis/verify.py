@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mptqc.analysis.cpu_form import cpu_form
 from mptqc.analysis.site_check import EPSILON, SiteCheck, Values
 from mptqc.analysis.verify_native import check_native_numbers, check_native_weights
 from mptqc.analysis.verify_tensors import check_tensors
@@ -82,7 +83,7 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
     compiled = model if isinstance(model, ir.Model) else ir.load(model)
     check_structure(compiled, plan)
     products = find_integer_products(compiled)
-    proto = ir.to_proto(compiled)
+    proto = cpu_form(compiled)
     native = native_nodes(compiled)
     _check_weights(products, plan)
     check_native_weights(native, plan)

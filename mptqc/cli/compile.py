@@ -12,7 +12,6 @@ from mptqc.cli.options import MeanOption, PreprocessOption, StdOption, parse_byt
 from mptqc.cli.pareto import describe_point
 from mptqc.cli.progress import progress
 from mptqc.errors import RecipeError
-from mptqc.recipe import Target
 
 
 def compile(
@@ -48,8 +47,8 @@ def compile(
         str | None,
         typer.Option(
             "--target",
-            help="portable (standard ONNX), cpu (com.microsoft ops) or cpu-native (needs mptqc's kernel library) "
-            "(default: portable).",
+            help="portable (standard ONNX), cpu (com.microsoft ops), cpu-native or cuda (both need a kernel library of "
+            "mptqc), or tensorrt (symmetric QDQ, untested) (default: portable).",
         ),
     ] = None,
     samples: Annotated[
@@ -83,6 +82,10 @@ def compile(
     gelu_folds: Annotated[
         bool | None,
         typer.Option("--gelu-folds/--no-gelu-folds", help="A scale per channel between GELU and fc2 (default: on)."),
+    ] = None,
+    float16: Annotated[
+        bool | None,
+        typer.Option("--float16/--no-float16", help="Target cuda: float16 for what stays float (default: on)."),
     ] = None,
     compensation: Annotated[
         bool | None,
@@ -176,6 +179,7 @@ def compile(
         "attention_folds": attention_folds,
         "row_scale": row_scale,
         "gelu_folds": gelu_folds,
+        "float16": float16,
         "compensation": compensation,
         "allocator": allocator,
     }
@@ -212,5 +216,5 @@ def compile(
     typer.echo(result.report.summary())
     for refusal in result.plan.refusals:
         typer.echo(f"left alone: {refusal.what} at {refusal.site}: {refusal.reason}")
-    if result.plan.recipe.target is Target.CPU_NATIVE:
+    if result.plan.recipe.target.is_native:
         echo_lowering(result.model)

@@ -15,7 +15,7 @@ def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine can run, what is missing, and how to get it.
 
     JSON keys: mptqc, python, platform, packages, onnxruntime_flavour, providers (built_in, starts, reason of each),
-    processor, cores, cpu_features, kernel_library, warnings, missing (what, how of each).
+    processor, cores, cpu_features, kernel_library, cuda_kernel_library, warnings, missing (what, how of each).
     """
     diagnosis = diagnose()
     if as_json:
@@ -36,6 +36,7 @@ def _print_tables(diagnosis: Diagnosis) -> None:
     table.add_row("processor", f"{diagnosis.processor}, {diagnosis.cores} cores")
     table.add_row("cpu features", _features_text(diagnosis))
     table.add_row("kernel library", diagnosis.kernel_library)
+    table.add_row("CUDA kernel library", diagnosis.cuda_kernel_library)
     for warning in diagnosis.warnings:
         table.add_row("warning", warning)
     for item in diagnosis.missing:

@@ -17,17 +17,25 @@ def lower(
     model: Annotated[Path, typer.Argument(help="A compiled ONNX model, of target portable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     target: Annotated[
-        str, typer.Option("--target", help="cpu-native (needs mptqc's kernel library) or cpu (com.microsoft ops).")
+        str,
+        typer.Option(
+            "--target",
+            help="cpu-native or cuda (both need a kernel library of mptqc), cpu (com.microsoft ops), or tensorrt "
+            "(symmetric QDQ, untested).",
+        ),
     ] = Target.CPU_NATIVE,
+    float16: Annotated[
+        bool, typer.Option("--float16/--no-float16", help="With target cuda, run what stays float in float16.")
+    ] = True,
 ) -> None:
     """Rewrite a compiled portable file with faster operators, without the float model."""
     if output.resolve() == model.resolve():
         raise RecipeError(f"-o {output} is the model itself; give another file")
     api.check_output(output)
-    result = api.lower(model, target=target)
+    result = api.lower(model, target=target, float16=float16)
     result.save(output)
     typer.echo(f"wrote {output}: {model.stat().st_size / 1e6:.2f} MB -> {output.stat().st_size / 1e6:.2f} MB")
-    if target == Target.CPU_NATIVE:
+    if Target(target).is_native:
         echo_lowering(result.model)
 
 

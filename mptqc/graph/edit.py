@@ -141,6 +141,29 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
+def insert_cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Insert a Cast right behind what makes `value`, or first of all, and return its output; no reader is changed."""
+    maker = value.producer()
+    graph = value.graph if maker is None else maker.graph
+    assert isinstance(graph, ir.Graph)
+    first = graph[0]
+    cast = Builder(first, str(value.name)).node("Cast", [value], {"to": int(dtype)}, name=dtype.name.lower())
+    if maker is not None:
+        graph.insert_after(maker, cast)
+    cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, dtype
+    return cast.outputs[0]
+
+
+def replace_output(old: ir.Value, new: ir.Value) -> None:
+    """Make `new` the graph output that `old` is, under its name; other readers of `old` stay."""
+    graph = old.graph
+    assert isinstance(graph, ir.Graph)
+    old.name, new.name = f"{old.name}_replaced", old.name
+    for index, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[index] = new
+
+
 def remove_dead(model: ir.Model) -> None:
     """Remove nodes and initializers that no output depends on."""
     RemoveUnusedNodesPass()(model)

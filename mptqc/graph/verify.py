@@ -21,6 +21,8 @@ _ALLOWED_DOMAINS = {
     Target.PORTABLE: {""},
     Target.CPU: {"", LOWERED_DOMAIN},
     Target.CPU_NATIVE: {"", DOMAIN},
+    Target.CUDA: {"", DOMAIN},
+    Target.TENSORRT: {""},
 }
 # Protocol buffers stop at 2 GiB, and so does the checker when it is given a model in memory.
 _CHECKER_BYTES = 1_900_000_000
@@ -34,13 +36,18 @@ def check_structure(model: ir.Model, plan: QuantPlan) -> None:
             integer product, or a planned attention not two, or a planned tensor not quantized; the sites at fault
             are named.
     """
-    _check_onnx(model)
+    check_onnx(model)
     _check_domains(model, plan.recipe.target)
     _check_sites(model, plan)
     _check_tensors(model, plan)
 
 
-def _check_onnx(model: ir.Model) -> None:
+def check_onnx(model: ir.Model) -> None:
+    """Let onnx.checker see the model, unless it is too large for it.
+
+    Raises:
+        VerifyError: the checker refuses it.
+    """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > _CHECKER_BYTES:
         logger.warning(

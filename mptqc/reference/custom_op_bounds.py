@@ -113,7 +113,8 @@ def _linear(
         low, high = np.minimum(low * multiplier, high * multiplier), np.maximum(low * multiplier, high * multiplier)
     if residual is not None:
         low, high = low.reshape(residual.shape) + residual, high.reshape(residual.shape) + residual
-    return low.astype(np.float32), high.astype(np.float32)
+    float_type = np.float32 if residual is None else residual.dtype
+    return low.astype(np.float32).astype(float_type), high.astype(np.float32).astype(float_type)
 
 
 def _attention(attributes: Attributes, inputs: Sequence[Array | None], slack: float) -> Bounds:

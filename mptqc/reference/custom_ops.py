@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mptqc.plan import ActivationQuantizer, TwoRegion
 
 Number = TypeVar("Number", bound=np.generic)
+Float = TypeVar("Float", np.float32, np.float16)
 
 DOMAIN = "ai.mptqc"
 DOMAIN_VERSION = 1
@@ -104,7 +105,7 @@ def unblock_weight(blocks: NDArray[np.int8], inputs: int, outputs: int) -> NDArr
 
 
 def layer_norm(
-    x: NDArray[np.float32],
+    x: NDArray[Float],
     gamma: NDArray[np.float32],
     beta: NDArray[np.float32],
     epsilon: float,
@@ -131,13 +132,13 @@ def linear(
     input_zero_point: int,
     activation: str = "none",
     multiplier: NDArray[np.float32] | None = None,
-    residual: NDArray[np.float32] | None = None,
+    residual: NDArray[Float] | None = None,
     rows: NDArray[np.int64] | None = None,
-) -> NDArray[np.float32]:
+) -> NDArray[np.float32] | NDArray[Float]:
     """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (+ residual), each step rounded to float32.
 
-    a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]. float32, the residual's shape or
-    [.., N].
+    a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]. The residual's shape and type (float32
+    or float16, to which the sum is rounded at last), or float32 [.., N].
     `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
     """
     accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
@@ -150,7 +151,10 @@ def linear(
         inverse = np.empty_like(rows)
         inverse[rows] = np.arange(rows.size)
         y = _grouped(y, rows)[:, inverse].reshape(y.shape)
-    return y if residual is None else y.reshape(residual.shape) + residual
+    if residual is None:
+        return y
+    with np.errstate(over="ignore"):  # infinity is what float16 has beyond 65504
+        return (y.reshape(residual.shape) + residual).astype(residual.dtype)
 
 
 def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from mptqc import __version__
 from mptqc.errors import ProviderError
+from mptqc.runtime import cuda
 from mptqc.runtime.library import HOW_TO_BUILD, chosen_isa, find_library, load_library
 from mptqc.runtime.machine import core_count, cpu_features, cpu_info, processor_name, saturates_in_16_bits
 from mptqc.runtime.session import PROVIDERS, create_session
@@ -19,6 +20,7 @@ FLAVOURS = ("onnxruntime", "onnxruntime-gpu")
 EXPORT_PACKAGES = ("torch", "onnxscript", "timm")
 
 NO_KERNELS = "none: everything runs through standard ops"
+NO_CUDA_KERNELS = "none"
 
 SATURATION_WARNING = (
     "this processor has AVX2 without VNNI: uint8 x int8 products add pairs in saturating 16 bits, so 8-bit weights may "
@@ -61,6 +63,7 @@ class Diagnosis:
     cores: int
     cpu_features: Mapping[str, bool] | None
     kernel_library: str
+    cuda_kernel_library: str
     warnings: tuple[str, ...]
     missing: tuple[Missing, ...]
 
@@ -71,7 +74,7 @@ def diagnose() -> Diagnosis:
     flavours = [name for name in FLAVOURS if packages[name]]
     info = cpu_info()
     features = cpu_features(info)
-    kernels = _kernel_library()
+    kernels, cuda_kernels = _kernel_library(), _cuda_kernel_library()
     providers = {name: _provider_state(name) for name in PROVIDERS}
     return Diagnosis(
         mptqc=__version__,
@@ -84,8 +87,9 @@ def diagnose() -> Diagnosis:
         cores=core_count(),
         cpu_features=features,
         kernel_library=kernels,
+        cuda_kernel_library=cuda_kernels,
         warnings=_warnings(features, flavours),
-        missing=_missing(packages, providers, kernels),
+        missing=_missing(packages, providers, kernels, cuda_kernels),
     )
 
 
@@ -109,8 +113,19 @@ def _kernel_library() -> str:
         return f"does not work: {error}"
 
 
+def _cuda_kernel_library() -> str:
+    try:
+        path = cuda.find_cuda_library()
+        if path is None:
+            return NO_CUDA_KERNELS
+        devices = cuda.load_cuda_library(path).mptqc_cuda_device_count()
+        return f"{path}, {devices or 'no'} CUDA device{'' if devices == 1 else 's'}"
+    except ProviderError as error:
+        return f"does not work: {error}"
+
+
 def _missing(
-    packages: Mapping[str, str | None], providers: Mapping[str, ProviderState], kernels: str
+    packages: Mapping[str, str | None], providers: Mapping[str, ProviderState], kernels: str, cuda_kernels: str
 ) -> tuple[Missing, ...]:
     missing = []
     if kernels == NO_KERNELS:
@@ -118,17 +133,19 @@ def _missing(
     absent = [name for name in EXPORT_PACKAGES if packages[name] is None]
     if absent:
         missing.append(Missing(f"{', '.join(absent)} (for mptqc export)", "pip install 'mptqc[export]'"))
-    cuda = providers["cuda"]
-    if not cuda.built_in:
+    provider = providers["cuda"]
+    if not provider.built_in:
         missing.append(
             Missing("the CUDA provider", "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'")
         )
-    elif not cuda.starts:
+    elif not provider.starts:
         missing.append(
             Missing(
                 "a CUDA provider that starts", "an NVIDIA GPU and driver, and pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
         )
+    elif cuda_kernels == NO_CUDA_KERNELS:
+        missing.append(Missing("the CUDA kernel library (for models compiled for cuda)", cuda.HOW_TO_BUILD))
     return tuple(missing)
 
 

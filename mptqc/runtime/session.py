@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 
 from mptqc.errors import ModelError, ProviderError, RecipeError
 from mptqc.reference.custom_ops import DOMAIN
+from mptqc.runtime import cuda
 from mptqc.runtime.library import HOW_TO_BUILD, chosen_isa, find_library, load_library
 
 Session = ort.InferenceSession  # noqa: TID251 - made here only; other modules import this name for their types
@@ -27,6 +30,9 @@ Session = ort.InferenceSession  # noqa: TID251 - made here only; other modules i
 logger = logging.getLogger(__name__)
 
 PROVIDERS: Mapping[str, str] = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
+
+PROVIDER_KEY = "mptqc.provider"
+"""Metadata of a model that was compiled for one provider: its name; other providers refuse the model."""
 
 CONFIG_ENTRIES: Mapping[str, str] = MappingProxyType(
     {
@@ -64,6 +70,7 @@ def create_session(
     optimized_path: Path | None = None,
     profile_prefix: Path | None = None,
     keep_memory: bool = True,
+    cuda_graph: bool = False,
 ) -> Session:
     """Make a session whose numbers depend on nothing but the model, its inputs and the named provider.
 
@@ -75,10 +82,13 @@ def create_session(
         optimized_path: where ONNX Runtime writes the graph it really runs; its weights go to a file beside it.
         profile_prefix: how the file begins into which ONNX Runtime writes the time of every operator; `end_profiling`
             of the session closes it and returns its name.
+        cuda_graph: whether a CUDA session captures its second run into a CUDA graph and replays that from then on: for
+            inputs and outputs that are bound to the device and stay in place.
         keep_memory: whether the session holds on to the memory of its largest run; False where many live side by side.
 
     Raises:
-        ProviderError: the provider is unknown or cannot start here, or the kernel library does not work.
+        ProviderError: the provider is unknown, cannot start here or is not the one that the model was compiled for, or
+            the kernel library does not work.
         ModelError: the model is missing, truncated, not ONNX, or ONNX Runtime cannot run it.
         RecipeError: threads is negative.
     """
@@ -92,9 +102,10 @@ def create_session(
         options.profile_file_prefix = str(profile_prefix)
     options.enable_cpu_mem_arena = keep_memory
     if _names_custom_ops(source):
-        _register_kernels(options)
+        _check_made_for(source, described, provider)
+        _register_kernels(options, provider)
     if provider == "cuda":
-        session = _create_cuda(source, described, options)
+        session = _create_cuda(source, described, options, cuda_graph=cuda_graph)
     else:
         session = _create(source, described, options, [PROVIDERS["cpu"]])
     if PROVIDERS[provider] not in session.get_providers():
@@ -183,13 +194,48 @@ def _names_custom_ops(source: bytes | str) -> bool:
         return content.find(name) >= 0
 
 
-def _register_kernels(options: ort.SessionOptions) -> None:
-    """Let ONNX Runtime load the kernel library, if there is one; without it, a model that needs it fails to load."""
+def _check_made_for(source: bytes | str, described: str, provider: str) -> None:
+    try:
+        model = (
+            onnx.load_model_from_string(source)
+            if isinstance(source, bytes)
+            else onnx.load(source, load_external_data=False)
+        )
+    except DecodeError:
+        return  # ONNX Runtime says what is wrong with it
+    made_for = {entry.key: entry.value for entry in model.metadata_props}.get(PROVIDER_KEY, provider)
+    if made_for != provider:
+        raise ProviderError(
+            f"{described} was compiled for provider {made_for!r} and is not run on {provider!r}: use --provider "
+            f"{made_for}, or lower its portable file to another target (mptqc lower --target cpu-native)."
+        )
+
+
+def _register_kernels(options: ort.SessionOptions, provider: str) -> None:
+    """Let ONNX Runtime load the provider's kernel library.
+
+    Without that for the CPU, a model that needs it fails to load.
+    """
+    if provider == "cuda":
+        _register_cuda_kernels(options)
+        return
     library = find_library()
     if library is None:
         return
     logger.info("kernel library %s, instruction set %s", library, chosen_isa(load_library(library)))
     options.register_custom_ops_library(str(library))
+
+
+def _register_cuda_kernels(options: ort.SessionOptions) -> None:
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise ProviderError(_not_started("cuda"))
+    path = cuda.find_cuda_library()
+    if path is None:
+        raise ProviderError(f"the model needs mptqc's CUDA kernels, which are not there; {cuda.HOW_TO_BUILD}.")
+    if not cuda.load_cuda_library(path).mptqc_cuda_device_count():
+        raise ProviderError(_not_started("cuda"))
+    logger.info("CUDA kernel library %s", path)
+    options.register_custom_ops_library(str(path))
 
 
 def _create(
@@ -216,16 +262,21 @@ def _load_failure(described: str, error: Exception) -> str:
     return f"ONNX Runtime {ort.__version__} cannot load {described}: {text}"
 
 
-def _create_cuda(source: bytes | str, described: str, options: ort.SessionOptions) -> Session:
+def _create_cuda(source: bytes | str, described: str, options: ort.SessionOptions, *, cuda_graph: bool) -> Session:
     """Start CUDA quietly: what ONNX Runtime would log on failure is told by the ProviderError instead."""
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         raise ProviderError(_not_started("cuda"))
     _preload_cuda_libraries()
     ort.set_default_logger_severity(FATAL_SEVERITY)
+    provider_options = {**CUDA_OPTIONS, **({"enable_cuda_graph": "1"} if cuda_graph else {})}
     try:
         # The CPU provider stays second: shape operators have no CUDA kernel.
-        return _create(source, described, options, [(PROVIDERS["cuda"], dict(CUDA_OPTIONS)), PROVIDERS["cpu"]])
+        return _create(source, described, options, [(PROVIDERS["cuda"], provider_options), PROVIDERS["cpu"]])
     except (RuntimeError, ModelError) as error:
+        if _names_custom_ops(source):
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(_load_failure(described, error)) from error  # a CPU session has not these operators
         _create(source, described, options, [PROVIDERS["cpu"]])  # a broken model raises here; else CUDA is at fault
         raise ProviderError(f"{_not_started('cuda')} ONNX Runtime says: {' '.join(str(error).split())}") from error
     finally:

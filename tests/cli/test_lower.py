@@ -78,7 +78,10 @@ def test_wrong_use_is_one_paragraph(portable: Path, block: Callable[[], ir.Model
     for arguments, problem in (
         ((tmp_path / "float.onnx", "-o", tmp_path / "out.onnx"), "was not compiled by mptqc"),
         ((portable, "-o", portable), "is the model itself"),
-        ((portable, "-o", tmp_path / "out.onnx", "--target", "portable"), "the targets are cpu, cpu-native"),
+        (
+            (portable, "-o", tmp_path / "out.onnx", "--target", "portable"),
+            "the targets are cpu, cpu-native, cuda, tensorrt",
+        ),
     ):
         assert exit_code("lower", *arguments) == 2
         assert problem in capsys.readouterr().err

@@ -49,6 +49,7 @@ def tree(tmp_path):
 
 
 LIBRARY = "mptqc/runtime/libmptqc_kernels.so"
+CUDA_LIBRARY = "mptqc/runtime/libmptqc_cuda.so"
 
 
 def build_wheel(source: Path, folder: Path, **environment: str) -> set[str]:
@@ -70,6 +71,34 @@ def test_without_a_compiler_only_the_kernel_library_is_missing(tree, tmp_path):
     names = build_wheel(tree, tmp_path, CC="no-compiler", CXX="no-compiler")
     assert sources() - names == set()
     assert LIBRARY not in names
+
+
+def test_the_cuda_library_is_built_where_it_is_asked_for(tree, tmp_path):
+    """With a compiler that writes down what it is called with."""
+    compiler = tmp_path / "nvcc"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
+    compiler.chmod(0o755)
+    cuda = {"MPTQC_CUDA": "1", "NVCC": str(compiler), "MPTQC_CUDA_ARCHITECTURES": "80,90"}
+    names = build_wheel(tree, tmp_path, CC="no-compiler", CXX="no-compiler", **cuda)
+    assert CUDA_LIBRARY in names
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        command = wheel.read(CUDA_LIBRARY).decode()
+    assert "code=sm_80 " in command
+    assert "code=sm_90 " in command
+    assert "code=compute_90 " in command
+    assert "--cudart=static" in command
+    assert {"linear.cu", "device.cu", "register.cpp", "backend.cpp", "arguments.cpp"} <= {
+        Path(word).name for word in command.split()
+    }
+
+
+def test_without_nvcc_asking_for_the_cuda_library_is_an_error(tree):
+    environment = {**os.environ, "MPTQC_CUDA": "1", "PATH": "", "CC": "no-compiler", "CXX": "no-compiler"}
+    environment.pop("NVCC", None)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    ran = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "there is no nvcc: install CUDA 13, or let NVCC name its compiler" in ran.stderr
 
 
 def test_wheel_of_the_source_archive_holds_every_module(tree, tmp_path):

@@ -8,90 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_builds import build_with_emulated_amx
+from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, c_quantizer
 
-from mptqc.reference.custom_ops import AttentionScales, CodeQuantizer, block_weight
+from mptqc.reference.custom_ops import AttentionScales, block_weight
 from mptqc.runtime.library import available_isas, find_library, load_library
 
 OK = 0
-I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-
-
-def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-Quantizer = structure("Quantizer", scale=F32, zero_point=I32, minimum=I32, maximum=I32, m=I32, split=I32)
-Addend = structure("Addend", data=POINTER, windows=I64, heads=I64, rows=I64)
-LayerNorm = structure(
-    "LayerNorm",
-    rows=I64,
-    width=I64,
-    input=POINTER,
-    gamma=POINTER,
-    beta=POINTER,
-    epsilon=F32,
-    table_size=I64,
-    table=POINTER,
-    quantizer=Quantizer,
-    output=POINTER,
-)
-Linear = structure(
-    "Linear",
-    rows=I64,
-    inputs=I64,
-    outputs=I64,
-    input=POINTER,
-    weight=POINTER,
-    offset=POINTER,
-    scale=POINTER,
-    bias=POINTER,
-    activation=I32,
-    multiplier=POINTER,
-    residual=POINTER,
-    table_size=I64,
-    table=POINTER,
-    quantizer=ctypes.POINTER(Quantizer),
-    output=POINTER,
-)
-Attention = structure(
-    "Attention",
-    batch=I64,
-    heads=I64,
-    rows=I64,
-    columns=I64,
-    width=I64,
-    value_width=I64,
-    q=POINTER,
-    k=POINTER,
-    v=POINTER,
-    q_zero_point=I32,
-    k_zero_point=I32,
-    v_zero_point=I32,
-    score_scale=F32,
-    context_scale=F32,
-    bias=Addend,
-    mask=Addend,
-    row_scale=I32,
-    probability=Quantizer,
-    quantizer=ctypes.POINTER(Quantizer),
-    output=POINTER,
-)
-Patches = structure(
-    "Patches",
-    batch=I64,
-    channels=I64,
-    height=I64,
-    width=I64,
-    patch_height=I64,
-    patch_width=I64,
-    input=POINTER,
-    quantizer=Quantizer,
-    output=POINTER,
-)
-
-
-def c_quantizer(quantizer: CodeQuantizer) -> Any:
-    return Quantizer(*vars(quantizer).values())
 
 
 def unaligned(array: np.ndarray) -> np.ndarray:
@@ -236,7 +158,7 @@ def library(library_path: Path) -> ctypes.CDLL:
 @pytest.fixture(scope="session")
 def emulated_library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("emulated") / "libmptqc_kernels.so"
-    return build_with_emulated_amx(path, ["cpu", "ort"], ["-shared", "-fPIC"])
+    return build_with_emulated_amx(path, ["cpu", "ort", "ort/cpu"], ["-shared", "-fPIC"])
 
 
 EMULATED = "emulated "

@@ -37,6 +37,18 @@ CASES = [
         ops.linear(A, W, W_SCALE, BIAS, **LINEAR, residual=RESIDUAL, rows=ROWS),
     ),
     (
+        "Linear",
+        {**LINEAR, "activation": "none"},
+        (*LINEAR_INPUTS, RESIDUAL.astype(np.float16)),
+        (ops.linear(A, W, W_SCALE, BIAS, **LINEAR).reshape(3, 4, 24) + RESIDUAL.astype(np.float16)).astype(np.float16),
+    ),
+    (
+        "LayerNormQuantize",
+        {"epsilon": 1e-6, **OUTPUT.attributes("output")},
+        (X.astype(np.float16), GAMMA, BETA),
+        ops.quantize_codes(OUTPUT, ops.layer_norm(X.astype(np.float16).astype(np.float32), GAMMA, BETA, 1e-6)),
+    ),
+    (
         "LinearQuantize",
         {**LINEAR, "activation": "gelu", **OUTPUT.attributes("output")},
         LINEAR_INPUTS,

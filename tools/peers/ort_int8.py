@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,21 @@ class SamplesReader(CalibrationDataReader):
         return {} if batch is None else {self._input_name: batch}
 
 
+@contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """Errors only, for as long as it lasts: onnxruntime.quantization advises through the root logger."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def write_static_int8(model: Path, output: Path, samples: Samples, input_name: str) -> None:
     """Write ONNX Runtime's static QDQ model: uint8 activations, int8 weights per channel, ranges from `samples`."""
-    logging.getLogger().setLevel(logging.ERROR)  # it advises through the root logger
-    with tempfile.TemporaryDirectory() as folder:
+    with quiet_root_logger(), tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(model, prepared)
         quantize_static(
@@ -48,8 +60,7 @@ def write_static_int8(model: Path, output: Path, samples: Samples, input_name: s
 
 def write_dynamic_int8(model: Path, output: Path) -> None:
     """Write ONNX Runtime's dynamic model: int8 weights, the range of each activation found at run time."""
-    logging.getLogger().setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
+    with quiet_root_logger(), tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(model, prepared)
         quantize_dynamic(prepared, output, weight_type=QuantType.QInt8)

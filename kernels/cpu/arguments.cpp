@@ -1,0 +1,71 @@
+#include "arguments.h"
+
+#include "sizes.h"
+
+namespace mptqc {
+namespace {
+
+bool is_size(int64_t size) { return size >= 0 && size <= int64_t{1} << 40; }
+bool is_code(int32_t code) { return code >= 0 && code <= 255; }
+bool is_table(int64_t size, int64_t rows) { return size == 0 || (size > 0 && rows % size == 0); }
+bool is_sound(const mptqc_quantizer& quantizer) { return mptqc_quantizer_fault(&quantizer) == nullptr; }
+bool is_sound(const mptqc_quantizer* quantizer) { return quantizer == nullptr || is_sound(*quantizer); }
+
+bool is_sound(const mptqc_addend& added, const mptqc_attention& a) {
+  if (added.data == nullptr) return true;
+  return added.windows > 0 && a.batch % added.windows == 0 && (added.heads == 1 || added.heads == a.heads) &&
+         (added.rows == 1 || added.rows == a.rows);
+}
+
+}  // namespace
+
+bool is_sound(const mptqc_layer_norm& a) {
+  return is_size(a.rows) && is_size(a.width) && is_table(a.table_size, a.rows) && is_sound(a.quantizer);
+}
+
+bool is_sound(const mptqc_linear& a) {
+  return is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms && is_table(a.table_size, a.rows) &&
+         (a.activation == MPTQC_NO_ACTIVATION || a.activation == MPTQC_GELU) && is_sound(a.quantizer);
+}
+
+bool is_sound(const mptqc_attention& a) {
+  return is_size(a.batch) && a.heads > 0 && is_size(a.heads) && is_size(a.rows) && is_size(a.columns) &&
+         a.columns <= kMostAttentionTerms && is_size(a.width) && a.width <= kMostAttentionTerms && is_size(a.value_width) && is_code(a.q_zero_point) && is_code(a.k_zero_point) &&
+         is_code(a.v_zero_point) && is_sound(a.bias, a) && is_sound(a.mask, a) && is_sound(a.probability) &&
+         is_sound(a.quantizer);
+}
+
+bool is_sound(const mptqc_patches& a) {
+  return is_size(a.batch) && is_size(a.channels) && is_size(a.height) && is_size(a.width) && a.patch_height > 0 &&
+         a.patch_width > 0 && a.height % a.patch_height == 0 && a.width % a.patch_width == 0 && is_sound(a.quantizer);
+}
+
+}  // namespace mptqc
+
+using namespace mptqc;
+
+const char* mptqc_quantizer_fault(const mptqc_quantizer* q) {
+  if (!(q->scale >= 0x1p-100f && q->scale <= 0x1p100f)) return "scale must lie between 2^-100 and 2^100";
+  if (!is_code(q->zero_point)) return "zero_point must lie between 0 and 255";
+  if (q->minimum < 0 || q->minimum > q->maximum || q->maximum > 255) return "0 <= minimum <= maximum <= 255 must hold";
+  if (q->m < 0 || q->m > 7) return "m must lie between 0 and 7";
+  const int32_t coarse = 1 << q->m;
+  if (q->m == 0) return q->split == 0 ? nullptr : "split must be 0 where m is 0";
+  if (q->minimum > q->zero_point) return "minimum must not be above zero_point where m is not 0";
+  if (q->split < 0 || q->split > 255 || q->split % coarse != 0) return "split must be a multiple of 2^m from 0 to 255";
+  const int32_t high = q->maximum - q->zero_point - q->split;
+  if (high < 0 || high % coarse != 0) return "maximum - zero_point - split must be a multiple of 2^m, at least 0";
+  return nullptr;
+}
+
+void mptqc_linear_offset(
+    const int8_t* weight, int64_t inputs, int64_t outputs, int32_t zero_point, int32_t* offset) {
+  const int64_t groups = ceil_divide(inputs, kBlockInputs);
+  for (int64_t n = 0; n < outputs; ++n) {
+    const int8_t* column = weight + n / kBlockOutputs * groups * kBlockBytes + n % kBlockOutputs * kBlockInputs;
+    int32_t sum = 0;
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t j = 0; j < kBlockInputs; ++j) sum += column[group * kBlockBytes + j];
+    offset[n] = -zero_point * sum;
+  }
+}

@@ -1,0 +1,49 @@
+// Where the operators run: here on the processor, by the session's threads. ort/cuda/backend.h has
+// the same members for CUDA devices; a build sees one of the two.
+#pragma once
+
+#include <vector>
+
+#include "../node.h"
+
+namespace mptqc::ort {
+
+class Backend {
+ public:
+  static constexpr const char* kProvider = "CPUExecutionProvider";
+
+  // Whether LayerNormQuantize and Linear exist for float16 too.
+  static constexpr bool kHasFloat16 = false;
+
+  // Constants in the memory that the kernels read.
+  template <class T>
+  using Array = std::vector<T>;
+
+  // A constant of a node in the memory of the processor.
+  template <class T>
+  class Constant {
+   public:
+    explicit Constant(const Tensor& tensor) : data_(tensor.as<T>()), size_(tensor.shape.elements()) {}
+    const T* begin() const { return data_; }
+    const T* end() const { return data_ + size_; }
+
+   private:
+    const T* data_;
+    int64_t size_;
+  };
+
+  // The implementation that MPTQC_ISA names, or the best one; the operators' floats are float32.
+  static Backend choose(ElementType);
+
+  void run(const Context& context, const mptqc_layer_norm& arguments) const;
+  void run(const Context& context, const mptqc_linear& arguments) const;
+  void run(const Context& context, const mptqc_attention& arguments) const;
+  void run(const Context& context, const mptqc_patches& arguments) const;
+
+ private:
+  explicit Backend(mptqc_isa isa) : isa_(isa) {}
+
+  mptqc_isa isa_;
+};
+
+}  // namespace mptqc::ort
