@@ -125,9 +125,9 @@ class Search:
         if self.recipe.allocator is Allocator.EXACT:
             assert self.recipe.budget is not None
             _check_exact(self.recipe.budget)
-        table = measure_table(self.variables, self.start, self.score, self.report)
-        allocator = exact if self.recipe.allocator is Allocator.EXACT else greedy
-        return allocator(self.variables, self.start, measures, table)
+        to_the_letter = self.recipe.allocator is Allocator.EXACT
+        table = measure_table(self.variables, self.start, self.score, self.report, every=to_the_letter)
+        return (exact if to_the_letter else greedy)(self.variables, self.start, measures, table)
 
     def measured(self, bits: Bits) -> Measured:
         """What the model does at these bits."""

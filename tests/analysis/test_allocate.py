@@ -1,5 +1,6 @@
 """Allocators on made-up models whose changes add up, where the best choice is known."""
 
+import dataclasses
 from itertools import product
 
 import numpy as np
@@ -69,7 +70,7 @@ def best_loss(variables, model, measure):
 def test_exact_finds_the_best_of_all_choices(problem):
     pytest.importorskip("scipy")
     variables, model, measure = problem
-    end = exact(variables, START, [measure], measure_table(variables, START, model, silent))[-1]
+    end = exact(variables, START, [measure], measure_table(variables, START, model, silent, every=True))[-1]
     assert measure.cost(end) <= measure.limit
     assert model.loss(end) == pytest.approx(best_loss(variables, model, measure), rel=1e-9)
 
@@ -157,4 +158,16 @@ def test_the_table_never_falls_with_fewer_bits():
         changes = {(4,): 3.0, (3,): 1.0, (2,): 5.0}
         return [Measured(np.zeros(2), np.full(2, changes[bits]), None) for bits in choices]
 
-    assert measure_table(variables, (5,), score, silent) == [{5: 0.0, 4: 3.0, 3: 3.0, 2: 5.0}]
+    assert measure_table(variables, (5,), score, silent, every=True) == [{5: 0.0, 4: 3.0, 3: 3.0, 2: 5.0}]
+
+
+def test_widths_between_measured_ones_follow_their_neighbours():
+    """Of 2 to 8 bits, 2, 3, 4 and 6 are measured; 5 lies between 4 and 6, and 7 is a quarter of 6."""
+    variables = [dataclasses.replace(variables_of([1])[0], widths=(2, 3, 4, 5, 6, 7, 8))]
+    changes = {6: 0.4, 4: 6.4, 3: 25.0, 2: 90.0}
+
+    def score(state, choices):
+        return [Measured(np.zeros(2), np.full(2, changes[bits[0]]), None) for bits in choices]
+
+    (row,) = measure_table(variables, (8,), score, silent)
+    assert row == pytest.approx({8: 0.0, 7: 0.1, 6: 0.4, 5: 1.6, 4: 6.4, 3: 25.0, 2: 90.0})
