@@ -1,9 +1,9 @@
 """SQ-b and the folds through attention: which shifts and scales make the quantized layer's output best.
 
 Norm:  b = (hi + lo)/2,  r = (hi − lo)/2,  s = r^α / max|W|^(1−α) per channel; α by the error of the readers' output
-       with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b). So does the same with the
-       mean for b and the standard deviation for r: a few massive tokens decide lo and hi, but not where the rest lies.
-K, V:  b, r likewise;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α).
+       with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b). So do the
+       mean for b and s = σ^a: a few massive tokens decide lo and hi, but not where the rest lies.
+K, V:  b likewise;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α).
 GELU:  s = r^a per channel of its output, r the largest magnitude; "no scale" competes too.
 """
 
@@ -60,9 +60,9 @@ def plan_norm(
     weight = np.concatenate(weights, axis=1)
     channels = weight.shape[0]
     trials = [Smoothing(None, np.zeros(channels, np.float32), np.ones(channels, np.float32))]
-    for centre, reach in centres(rows):
-        trials += [Smoothing(alpha, centre, migration_scale(reach, weight, alpha)) for alpha in alphas]
-        trials += [Smoothing(power, centre, power_scale(reach, power)) for power in POWERS if alphas]
+    (middle, half_range), (mean, deviation) = centres(rows)
+    trials += [Smoothing(alpha, middle, migration_scale(half_range, weight, alpha)) for alpha in alphas]
+    trials += [Smoothing(power, mean, power_scale(deviation, power)) for power in POWERS if alphas]
     errors = [
         _trial_error(rows, weight, trial, weight_bits, activation_bits, seed, corrected=corrected) for trial in trials
     ]
@@ -210,14 +210,11 @@ def _search_v(
 ) -> tuple[Array, Array]:
     """V's shift, and s by the error of proj's output: v's own error through P, and the context's as proj's input."""
     importance = np.square(proj_weight).sum(axis=1)[columns]
-    trials = []
-    for shift, reach in centres(v):
-        trials.append((shift, np.ones_like(reach)))
-        trials += [(shift, migration_scale(reach, proj_weight, alpha)) for alpha in alphas]
+    (middle, half_range), (mean, _) = centres(v)
     deviation = centres(proj_input)[1][1]
-    scales = [migration_scale(deviation, proj_weight, alpha) for alpha in alphas]
-    scales += [power_scale(deviation, power) for power in POWERS if alphas]
-    trials += [(shift, scale) for shift, _ in centres(v) for scale in scales]
+    scales = [np.ones_like(half_range), *(migration_scale(half_range, proj_weight, alpha) for alpha in alphas)]
+    powers = [power_scale(deviation, power) for power in POWERS if alphas]
+    trials = [(middle, scale) for scale in scales + powers] + [(mean, scale) for scale in scales[:1] + powers]
     errors = []
     for shift, scale in trials:
         per_slice = scale[columns]
