@@ -209,9 +209,10 @@ def usable_labels(samples: Samples, classes: int) -> Labels | None:
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:
-    """Return 10 log10(signal / noise) in dB for sums of squares; at most MAX_SQNR_DB, None without signal."""
+    """Return 10 log10(signal / noise) in dB for sums of squares; at most MAX_SQNR_DB, None without signal, NaN for NaN."""
     if signal == 0:
         return None
     if noise == 0:
         return MAX_SQNR_DB
-    return min(MAX_SQNR_DB, 10 * math.log10(signal / noise))
+    decibels = 10 * math.log10(signal / noise)
+    return MAX_SQNR_DB if decibels > MAX_SQNR_DB else decibels

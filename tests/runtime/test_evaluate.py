@@ -202,3 +202,9 @@ def test_progress_reaches_the_end(dense, images):
 )
 def test_sqnr_db(signal: float, noise: float, expected: float | None):
     assert sqnr_db(signal, noise) == expected
+
+
+def test_noise_that_is_no_number_is_not_taken_for_none():
+    found = sqnr_db(1.0, math.nan)
+    assert found is not None
+    assert math.isnan(found)
