@@ -233,7 +233,7 @@ EFFORTS: Mapping[Effort, Mapping[str, Any]] = MappingProxyType(
     {
         Effort.FAST: MappingProxyType({"samples": 64, "views": 1}),
         Effort.BALANCED: MappingProxyType({"samples": 128, "views": 4}),
-        Effort.BEST: MappingProxyType({"samples": 512, "views": 4}),
+        Effort.BEST: MappingProxyType({"samples": 512, "views": 2}),
     }
 )
 """What each effort asks for; a preset, a recipe file and single options win over it."""

@@ -209,7 +209,10 @@ def usable_labels(samples: Samples, classes: int) -> Labels | None:
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:
-    """Return 10 log10(signal / noise) in dB for sums of squares; at most MAX_SQNR_DB, None without signal, NaN for NaN."""
+    """Return 10 log10(signal / noise) in dB for sums of squares; None without signal, NaN for NaN.
+
+    At most MAX_SQNR_DB.
+    """
     if signal == 0:
         return None
     if noise == 0:
