@@ -158,3 +158,20 @@ def test_a_budget_that_makes_no_sense_is_refused(options, message):
 def test_a_recipe_with_a_budget_survives_json():
     recipe = make_recipe(options={"budget": {"max_bytes": 10**7}, "bit_limits": {"weight": (3, 8)}})
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_an_effort_gives_way_to_single_options():
+    assert make_recipe(effort="balanced").views == 4
+    recipe = make_recipe("w4a4", options={"views": 2}, effort="balanced")
+    assert (recipe.samples, recipe.views, recipe.weight_bits) == (128, 2, 4)
+
+
+def test_an_effort_gives_way_to_a_recipe_file(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("samples = 7\n")
+    assert make_recipe(path=path, effort="best").samples == 7
+
+
+def test_an_unknown_effort_names_the_known_ones():
+    with pytest.raises(RecipeError, match=r"unknown effort 'most'; the known ones are fast, balanced, best"):
+        make_recipe(effort="most")
