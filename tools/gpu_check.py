@@ -21,6 +21,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from gpu.targets import targets
 
 STAGE_NAMES = ("build", "kernels", "products", "e2e", "bench")
 MODELS, BATCHES = "vit-s,vit-b,deit-b,swin-t", "1,8,64,256"
-SITE = Path("/tmp/mptqc-gpu-site")
+SITE = Path(tempfile.gettempdir()) / "mptqc-gpu-site"
 RESULTS = Path("docs/gpu")
 MOST_CHARACTERS = 400
 """Of an error in the results."""
