@@ -26,6 +26,7 @@ from mptqc.cli.progress import progress
 from mptqc.data.load import load_samples
 from mptqc.data.preprocess_sources import load_preprocessing
 from mptqc.data.samples import Samples
+from mptqc.recipe import EFFORTS, Effort
 from mptqc.runtime.benchmark import BenchmarkRow, benchmark
 from mptqc.runtime.evaluate import Evaluation, evaluate
 from mptqc.runtime.machine import cpu_info, processor_name
@@ -36,6 +37,7 @@ ZOO = Path(__file__).parents[1] / "zoo"
 EVALUATION_BATCH = 50
 MEGABYTE = 1e6
 
+VIEWS = EFFORTS[Effort.BALANCED]["views"]
 Options = Mapping[str, object]
 Report = Callable[[str, int, int], None]
 
@@ -226,7 +228,7 @@ def accuracy_conditions(arguments: argparse.Namespace, candidates: Sequence[Cand
     images = 0 if evaluation is None else evaluation.images
     return (
         f"{images} test images, {arguments.samples} for calibration; agreement and SQNR are against float32. "
-        "ORT: int8 by onnxruntime.quantization, from the same images."
+        f"ORT: int8 by onnxruntime.quantization, from the same images; mptqc makes {VIEWS} views of each."
     )
 
 
