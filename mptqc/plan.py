@@ -6,7 +6,7 @@ On disk: `plan.json` (readable; scalars and bits) and `plan.safetensors` beside 
 import hashlib
 import json
 from collections.abc import Mapping
-from enum import StrEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 
 from mptqc.errors import OutputError, PlanError
 from mptqc.graph.files import write_together
-from mptqc.recipe import Bits, Loss, Recipe
+from mptqc.recipe import Bits, Loss, Recipe, TensorKind
 
 PLAN_FORMAT = 1
 PLAN_KEY = "mptqc.plan"
@@ -42,36 +42,42 @@ class Uniform(Frozen):
     zero_point: Annotated[int, Field(ge=0, le=255)]
 
 
-class TwoRegion(Frozen):
-    """OPT-m: n1 codes of step Δ up to T = (n1 − 1 − z)Δ, then 2^k − n1 codes of step 2^m·Δ.
+class Region(NamedTuple):
+    """One of the upper regions of OPT-m: `codes` codes of step 2^m·Δ."""
 
-    x̂ = Δ·clip(round(x/Δ), −z, n1−1−z) + 2^m·Δ·(clip(round(x/(2^m·Δ)), j, j+n2) − j), with T = j·2^m·Δ, n2 = 2^k − n1.
+    m: Annotated[int, Field(ge=1, le=7)]
+    codes: Annotated[int, Field(ge=1, le=255)]
+
+
+class MultiRegion(Frozen):
+    """OPT-m, of two regions as in the paper or of up to four: n₀ codes of step Δ, then nᵢ of each rising step 2^mᵢ·Δ.
+
+    x̂ = Δ·clip(round(x/Δ), −z, T₁) + Σᵢ 2^mᵢ·Δ·(clip(round(x/(2^mᵢ·Δ)), jᵢ, jᵢ + nᵢ) − jᵢ)
+
+    Regions meet at Tᵢ·Δ, Tᵢ = jᵢ·2^mᵢ: T₁ = n₀ − 1 − z, Tᵢ₊₁ = Tᵢ + nᵢ·2^mᵢ. All codes together are 2^k.
     """
 
-    kind: Literal["two-region"] = "two-region"
+    kind: Literal["multi-region"] = "multi-region"
     bits: Bits
     scale: Scale
     zero_point: Annotated[int, Field(ge=0, le=255)]
-    m: Annotated[int, Field(ge=1, le=7)]
     low_codes: Annotated[int, Field(ge=1, le=255)]
+    upper: Annotated[tuple[Region, ...], Field(min_length=1, max_length=3)]
 
     @property
-    def high_codes(self) -> int:
-        """n2."""
-        return int(2**self.bits - self.low_codes)
-
-    @property
-    def split(self) -> int:
-        """T/Δ, a multiple of 2^m."""
-        return self.low_codes - 1 - self.zero_point
+    def splits(self) -> tuple[int, ...]:
+        """T₁, T₂, …: where each upper region begins, in units of Δ; a multiple of its 2^m."""
+        steps = [region.codes * 2**region.m for region in self.upper]
+        return tuple(accumulate(steps[:-1], initial=self.low_codes - 1 - self.zero_point))
 
     @property
     def top_code(self) -> int:
         """The largest code in units of Δ above the smallest; at most 255."""
-        return int(self.low_codes - 1 + self.high_codes * 2**self.m)
+        reach: int = self.low_codes - 1 + sum(region.codes * 2**region.m for region in self.upper)
+        return reach
 
 
-ActivationQuantizer = Annotated[Uniform | TwoRegion, Field(discriminator="kind")]
+ActivationQuantizer = Annotated[Uniform | MultiRegion, Field(discriminator="kind")]
 
 
 class LayerPlan(Frozen):
@@ -90,17 +96,6 @@ class AttentionPlan(Frozen):
     k: ActivationQuantizer
     p: ActivationQuantizer
     v: ActivationQuantizer
-
-
-class TensorKind(StrEnum):
-    """What a tensor that full coverage adds is; see METHOD, Full coverage."""
-
-    NORM_INPUT = "norm-input"
-    GELU_INPUT = "gelu-input"
-    SCORES = "scores"
-    PRODUCT_OUTPUT = "product-output"
-    NORM_OUTPUT = "norm-output"
-    SUM = "sum"
 
 
 class TensorPlan(Frozen):

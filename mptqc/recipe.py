@@ -31,6 +31,21 @@ class Coverage(StrEnum):
     FULL = "full"
 
 
+class TensorKind(StrEnum):
+    """What a tensor that full coverage adds is; see METHOD, Full coverage."""
+
+    NORM_INPUT = "norm-input"
+    GELU_INPUT = "gelu-input"
+    SCORES = "scores"
+    PRODUCT_OUTPUT = "product-output"
+    NORM_OUTPUT = "norm-output"
+    SUM = "sum"
+
+
+ACTIVATION_KINDS = ("input", "q", "k", "p", "v", *TensorKind)
+"""What `BitLimits.kinds` may name: inputs of Linears, operands of attention, tensors of full coverage."""
+
+
 class Target(StrEnum):
     """The operators that the result may use."""
 
@@ -59,6 +74,7 @@ class Allocator(StrEnum):
     """How bits are allocated to a budget; see METHOD, Greedy MP."""
 
     GREEDY = "greedy"
+    GREEDY_COMPENSATED = "greedy-compensated"
     GREEDY_IN_PLACE = "greedy-in-place"
     EXACT = "exact"
 
@@ -117,19 +133,34 @@ def _least(*limits: float | None) -> float | None:
 
 
 class BitLimits(BaseModel):
-    """The fewest and the most bits that allocation may give, by kind of tensor."""
+    """The fewest and the most bits that allocation may give.
+
+    Attributes:
+        weight: of weights.
+        activation: of all activations that `kinds` does not name.
+        kinds: of one kind of activation: input (of a Linear), q, k, p (probabilities), v, or a `TensorKind`; e.g.
+            {"p": [4, 8], "norm-input": [6, 8]}.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: tuple[Bits, Bits] = (2, 8)
     activation: tuple[Bits, Bits] = (3, 8)
+    kinds: Mapping[str, tuple[Bits, Bits]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _in_order(self) -> "BitLimits":
-        for kind, (least, most) in self:
+        for kind, (least, most) in {"weight": self.weight, "activation": self.activation, **self.kinds}.items():
             if least > most:
                 raise ValueError(f"bit_limits.{kind} = [{least}, {most}]: the fewest bits come first")
+        for kind in self.kinds:
+            if kind not in ACTIVATION_KINDS:
+                raise ValueError(f"bit_limits.kinds: no activation is a {kind!r}; known: {', '.join(ACTIVATION_KINDS)}")
         return self
+
+    def of_activation(self, kind: str) -> tuple[int, int]:
+        """Those of one kind of activation."""
+        return self.kinds.get(kind, self.activation)
 
 
 class Recipe(BaseModel):
@@ -149,7 +180,8 @@ class Recipe(BaseModel):
         rotation: rotation of the residual streams and of the heads, seeded by `seed`.
         smoothing: SQ-b, scale and shift folded through LayerNorm.
         alphas: migration strengths tried per norm by SQ-b.
-        opt_m: two-region quantizers for post-GELU and post-softmax tensors.
+        opt_m: quantizers of several regions for post-GELU and post-softmax tensors.
+        regions: the most regions that they may have; the paper's OPT-m has 2.
         attention_folds: K and V shifts, q/k and v/proj scales.
         row_scale: attention probabilities are quantized relative to the largest of their row.
         gelu_folds: a scale per channel between GELU and the Linear that reads it.
@@ -181,6 +213,7 @@ class Recipe(BaseModel):
     smoothing: bool = True
     alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5, 0.7, 0.85, 1.0)
     opt_m: bool = True
+    regions: Annotated[int, Field(ge=2, le=4)] = 3
     attention_folds: bool = True
     row_scale: bool = True
     gelu_folds: bool = True
@@ -192,6 +225,11 @@ class Recipe(BaseModel):
     loss: Loss = Loss.OUTPUT
     bit_limits: BitLimits = Field(default_factory=BitLimits)
     scoring_images: Annotated[int, Field(ge=2)] = 32
+
+    @property
+    def most_regions(self) -> int:
+        """Of the quantizer of a post-GELU or post-softmax tensor; 1 if it is uniform."""
+        return self.regions if self.opt_m else 1
 
     def bits_of(self, site: str) -> tuple[int, int]:
         """(weight bits, activation bits) of a site after overrides; with a budget its averages, as a first guess."""
@@ -233,7 +271,7 @@ EFFORTS: Mapping[Effort, Mapping[str, Any]] = MappingProxyType(
     {
         Effort.FAST: MappingProxyType({"samples": 64, "views": 1}),
         Effort.BALANCED: MappingProxyType({"samples": 128, "views": 4}),
-        Effort.BEST: MappingProxyType({"samples": 512, "views": 2}),
+        Effort.BEST: MappingProxyType({"samples": 512, "views": 4, "regions": 4}),
     }
 )
 """What each effort asks for; a preset, a recipe file and single options win over it."""

@@ -35,7 +35,7 @@ from mptqc.graph.native_patterns import (
 )
 from mptqc.graph.quantizer_match import FoundQuantizer, emit_unsigned
 from mptqc.passes.base import Pass, PassResult, Stage
-from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION
+from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION, CodeAttribute
 
 Candidate = TypeVar("Candidate")
 Pattern = TypeVar("Pattern")
@@ -137,7 +137,7 @@ def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
     site = found.scores.site
     anchor = _maker(found.result if found.output is None else found.output.codes)
     build = Builder(anchor, site)
-    attributes: dict[str, int | float] = {
+    attributes: dict[str, CodeAttribute] = {
         "heads": found.heads,
         "row_scale": int(found.row_scale),
         **found.p.quantizer.attributes("p"),

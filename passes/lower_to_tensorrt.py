@@ -5,8 +5,8 @@
 
 TensorRT takes zero points of 0 only. With n = code - zero point from n0 to n1, as far as x reaches, a quantizer whose n
 all fit int8 is kept exactly, with scale' = scale; others get scale' = max(|n0|, |n1|)·scale/127: coarser steps. Either
-way x is clipped to [n0·scale, n1·scale] first. Two-region quantizers have no such form and are refused, as are tensors
-that are quantized between the products (full coverage). A second run is refused by its stage.
+way x is clipped to [n0·scale, n1·scale] first. Quantizers of several regions have no such form and are refused, as are
+tensors that are quantized between the products (full coverage). A second run is refused by its stage.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class LowerToTensorRt(Pass):
         """Find all products and their quantizers, then rewrite them.
 
         Raises:
-            RefusalError: a quantizer has two regions, or is not before a product; the sites are named.
+            RefusalError: a quantizer has several regions, or is not before a product; the sites are named.
             VerifyError: a product is not in the form that the quantize passes write.
         """
         products = find_integer_products(model)
@@ -66,8 +66,8 @@ def _find_quantizers(products: list[IntegerProduct]) -> list[FoundQuantizer]:
                     refused.append(product.site)
     if refused:
         raise RefusalError(
-            f"TensorRT has no two-region quantizers, which {', '.join(dict.fromkeys(refused))} read; compile the model "
-            "with --no-opt-m"
+            f"TensorRT has no quantizers of several regions: {', '.join(dict.fromkeys(refused))} read one; compile the "
+            "model with --no-opt-m"
         )
     return list(found.values())
 

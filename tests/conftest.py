@@ -9,6 +9,7 @@ import pytest
 from cuda_kernels import GLUE, KERNELS, build_emulated
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from quantizers import opt_m
 
 from mptqc.analysis.bit_variables import find_variables
 from mptqc.analysis.shapes import concrete_shapes
@@ -20,7 +21,6 @@ from mptqc.plan import (
     LayerPlan,
     NormFold,
     QuantPlan,
-    TwoRegion,
     Uniform,
 )
 from mptqc.recipe import Recipe, Target
@@ -135,8 +135,8 @@ def block_plan(block: Callable[[], ir.Model]) -> Callable[..., QuantPlan]:
         softmax: ActivationQuantizer = Uniform(bits=activation_bits, scale=1 / (2**activation_bits - 1), zero_point=0)
         gelu: ActivationQuantizer = Uniform(bits=activation_bits, scale=3 / 2**activation_bits, zero_point=1)
         if two_region:
-            softmax = TwoRegion(bits=activation_bits, scale=0.02, zero_point=0, m=2, low_codes=5)
-            gelu = TwoRegion(bits=activation_bits, scale=0.05, zero_point=1, m=2, low_codes=6)
+            softmax = opt_m(bits=activation_bits, scale=0.02, zero_point=0, m=2, low_codes=5)
+            gelu = opt_m(bits=activation_bits, scale=0.05, zero_point=1, m=2, low_codes=6)
         layers = tuple(
             LayerPlan(site=linear.site, weight_bits=weight_bits, input=gelu if "fc2" in linear.site else middle)
             for linear in find_linears(model)

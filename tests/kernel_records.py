@@ -12,7 +12,11 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-Quantizer = structure("Quantizer", scale=F32, zero_point=I32, minimum=I32, maximum=I32, m=I32, split=I32)
+UPPER_REGIONS = 3
+Quantizer = structure(
+    "Quantizer", scale=F32, zero_point=I32, minimum=I32, maximum=I32, regions=I32, m=I32 * UPPER_REGIONS,
+    split=I32 * UPPER_REGIONS,
+)  # fmt: skip
 Addend = structure("Addend", data=POINTER, windows=I64, heads=I64, rows=I64)
 LayerNorm = structure(
     "LayerNorm",
@@ -83,4 +87,6 @@ Patches = structure(
 
 
 def c_quantizer(quantizer: CodeQuantizer) -> Any:
-    return Quantizer(*vars(quantizer).values())
+    codes = (quantizer.zero_point, quantizer.minimum, quantizer.maximum)
+    lists = ((I32 * UPPER_REGIONS)(*numbers) for numbers in (quantizer.m, quantizer.split))
+    return Quantizer(quantizer.scale, *codes, len(quantizer.m), *lists)

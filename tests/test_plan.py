@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantizers import THREE_REGIONS, opt_m
 
 from mptqc.errors import OutputError, PlanError
 from mptqc.plan import (
     AttentionFold,
     AttentionPlan,
     LayerPlan,
+    MultiRegion,
     NormFold,
     QuantPlan,
     Refusal,
     TensorKind,
     TensorPlan,
-    TwoRegion,
     Uniform,
     load_plan,
     save_plan,
@@ -24,7 +25,7 @@ from mptqc.plan import (
 from mptqc.recipe import Recipe, SiteOverride
 
 U8 = Uniform(bits=8, scale=0.25, zero_point=128)
-LONG_TAIL = TwoRegion(bits=4, scale=0.1, zero_point=1, m=3, low_codes=10)
+LONG_TAIL = opt_m(bits=4, scale=0.1, zero_point=1, m=3, low_codes=10)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def saved(plan: QuantPlan, tmp_path: Path) -> Path:
 def test_round_trip(plan, saved):
     loaded = load_plan(saved)
     assert loaded == plan
-    assert isinstance(loaded.layers[0].input, TwoRegion)
+    assert isinstance(loaded.layers[0].input, MultiRegion)
     assert loaded.arrays["block00.fc2/weight_codes"].dtype == np.int8
 
 
@@ -112,7 +113,11 @@ def test_scales_are_above_zero(plan, wrong):
 
 
 def test_two_regions_meet_on_the_coarse_grid():
-    assert (LONG_TAIL.high_codes, LONG_TAIL.split, LONG_TAIL.top_code) == (6, 8, 57)
+    assert (LONG_TAIL.upper[0].codes, LONG_TAIL.splits, LONG_TAIL.top_code) == (6, (8,), 57)
+
+
+def test_each_region_begins_where_the_one_below_ends():
+    assert (THREE_REGIONS.splits, THREE_REGIONS.top_code) == ((4, 16), 2 + 4 + 6 * 2 + 3 * 16)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,11 @@ def test_what_a_budget_leaves_free_keeps_its_bits():
         ({"budget": {"average_bits": 1}}, r"budget\.average_bits = 1"),
         ({"budget": {"max_watts": 1}}, r"unknown recipe key 'budget\.max_watts'; the known ones are average_bits"),
         ({"bit_limits": {"weight": (6, 4)}}, r"bit_limits\.weight = \[6, 4\]"),
+        ({"bit_limits": {"kinds": {"p": (6, 4)}}}, r"bit_limits\.p = \[6, 4\]"),
+        (
+            {"bit_limits": {"kinds": {"softmax": (4, 8)}}},
+            "no activation is a .softmax.; known: input, q, k, p, v",
+        ),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(options, message):
@@ -156,7 +161,7 @@ def test_a_budget_that_makes_no_sense_is_refused(options, message):
 
 
 def test_a_recipe_with_a_budget_survives_json():
-    recipe = make_recipe(options={"budget": {"max_bytes": 10**7}, "bit_limits": {"weight": (3, 8)}})
+    recipe = make_recipe(options={"budget": {"max_bytes": 10**7}, "bit_limits": {"kinds": {"p": (4, 8)}}})
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 

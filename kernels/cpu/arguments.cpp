@@ -48,13 +48,17 @@ const char* mptqc_quantizer_fault(const mptqc_quantizer* q) {
   if (!(q->scale >= 0x1p-100f && q->scale <= 0x1p100f)) return "scale must lie between 2^-100 and 2^100";
   if (!is_code(q->zero_point)) return "zero_point must lie between 0 and 255";
   if (q->minimum < 0 || q->minimum > q->maximum || q->maximum > 255) return "0 <= minimum <= maximum <= 255 must hold";
-  if (q->m < 0 || q->m > 7) return "m must lie between 0 and 7";
-  const int32_t coarse = 1 << q->m;
-  if (q->m == 0) return q->split == 0 ? nullptr : "split must be 0 where m is 0";
-  if (q->minimum > q->zero_point) return "minimum must not be above zero_point where m is not 0";
-  if (q->split < 0 || q->split > 255 || q->split % coarse != 0) return "split must be a multiple of 2^m from 0 to 255";
-  const int32_t high = q->maximum - q->zero_point - q->split;
-  if (high < 0 || high % coarse != 0) return "maximum - zero_point - split must be a multiple of 2^m, at least 0";
+  if (q->regions < 0 || q->regions > MPTQC_UPPER_REGIONS) return "there are at most 3 upper regions";
+  if (q->regions > 0 && q->minimum > q->zero_point) return "minimum must not be above zero_point where there are regions";
+  for (int i = 0; i < q->regions; ++i) {
+    const int32_t m = q->m[i], split = q->split[i];
+    if (m < 1 || m > 7 || (i > 0 && m <= q->m[i - 1])) return "m must rise, between 1 and 7";
+    if (split < 0 || split > 255 || split % (1 << m) != 0) return "split must be a multiple of 2^m from 0 to 255";
+    const int32_t end = i + 1 < q->regions ? q->split[i + 1] : q->maximum - q->zero_point;
+    if (end < split || (end - split) % (1 << m) != 0) {
+      return "regions must not fall and hold whole steps of 2^m, the last up to maximum - zero_point";
+    }
+  }
   return nullptr;
 }
 

@@ -8,20 +8,32 @@ namespace {
 
 // Its constants, as scalars: they become vectors where they are used, and stay in registers there.
 struct QuantizerConstants {
-  float scale, inverse_scale, low, high, split, first, inverse_coarse;
+  struct Region {
+    float first, last, inverse_step;
+    int m;
+  };
+
+  float scale, inverse_scale, low, high, split;
   int32_t offset;
-  int m;
+  int regions;
+  Region upper[MPTQC_UPPER_REGIONS];
 
   explicit QuantizerConstants(const mptqc_quantizer& q)
       : scale(q.scale),
         inverse_scale(1.0f / q.scale),
         low(static_cast<float>(q.minimum - q.zero_point)),
         high(static_cast<float>(q.maximum - q.zero_point)),
-        split(static_cast<float>(q.split)),
-        first(static_cast<float>(q.split >> q.m)),
-        inverse_coarse(1.0f / static_cast<float>(1 << q.m)),
-        offset(q.zero_point - q.split),
-        m(q.m) {}
+        split(q.regions > 0 ? static_cast<float>(q.split[0]) : high),
+        offset(q.zero_point),
+        regions(q.regions),
+        upper() {
+    for (int i = 0; i < regions; ++i) {
+      const int32_t end = i + 1 < regions ? q.split[i + 1] : q.maximum - q.zero_point;
+      upper[i] = {static_cast<float>(q.split[i] >> q.m[i]), static_cast<float>(end >> q.m[i]),
+                  1.0f / static_cast<float>(1 << q.m[i]), q.m[i]};
+      offset -= q.split[i];
+    }
+  }
 };
 
 // A float or a code output.
@@ -31,7 +43,7 @@ struct Output {
   void* data;
 
   Output(const mptqc_quantizer* q, void* to)
-      : quantized(q != nullptr), quantizer(q != nullptr ? *q : mptqc_quantizer{1.0f, 0, 0, 255, 0, 0}), data(to) {}
+      : quantized(q != nullptr), quantizer(q != nullptr ? *q : mptqc_quantizer{1.0f, 0, 0, 255, 0, {}, {}}), data(to) {}
 };
 
 }  // namespace
@@ -54,10 +66,16 @@ MPTQC_INLINE typename V::F clamp(typename V::F x, float low, float high) {
 // The codes of x, given x / scale where that lies between low and high, give or take its own rounding.
 template <class V>
 MPTQC_INLINE typename V::I codes_in_range(const QuantizerConstants& q, typename V::F quotient) {
-  if (q.m == 0) return V::add(V::to_int(quotient), V::set(q.offset));
-  const auto fine = V::to_int(V::minimum(quotient, V::set(q.split)));
-  const auto coarse = V::to_int(V::maximum(V::multiply(quotient, V::set(q.inverse_coarse)), V::set(q.first)));
-  return V::add(V::add(fine, V::shift_left(coarse, q.m)), V::set(q.offset));
+  if (q.regions == 0) return V::add(V::to_int(quotient), V::set(q.offset));
+  auto codes = V::add(V::to_int(V::minimum(quotient, V::set(q.split))), V::set(q.offset));
+  MPTQC_UNROLL
+  for (int i = 0; i < MPTQC_UPPER_REGIONS; ++i) {
+    if (i >= q.regions) break;
+    const auto& region = q.upper[i];
+    const auto steps = clamp<V>(V::multiply(quotient, V::set(region.inverse_step)), region.first, region.last);
+    codes = V::add(codes, V::shift_left(V::to_int(steps), region.m));
+  }
+  return codes;
 }
 
 template <class V>

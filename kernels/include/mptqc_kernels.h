@@ -46,9 +46,11 @@ MPTQC_EXPORT int mptqc_isa_runs_here(mptqc_isa isa);
 MPTQC_EXPORT mptqc_status mptqc_choose_isa(const char* name, mptqc_isa* isa);
 
 /* See "Codes and quantizers" in docs/custom-ops.md. */
+#define MPTQC_UPPER_REGIONS 3
 typedef struct {
   float scale;
-  int32_t zero_point, minimum, maximum, m, split;
+  int32_t zero_point, minimum, maximum, regions; /* upper regions: 0 is uniform */
+  int32_t m[MPTQC_UPPER_REGIONS], split[MPTQC_UPPER_REGIONS];
 } mptqc_quantizer;
 
 /* Null if the quantizer is sound, else what is wrong with it. */

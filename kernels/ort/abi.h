@@ -55,6 +55,10 @@ class Api {
   Status* attribute(const KernelInfo* info, const char* name, char* value, size_t* size) const {
     return call<Status*>(87, info, name, value, size);
   }
+  // `count` is the buffer's on the way in, the list's on the way out.
+  Status* integers(const KernelInfo* info, const char* name, int64_t* values, size_t* count) const {
+    return call<Status*>(163, info, name, values, count);
+  }
   Status* input_count(const KernelInfo* info, size_t* count) const { return call<Status*>(230, info, count); }
   Status* node_name(const KernelInfo* info, char* name, size_t* size) const {
     return call<Status*>(244, info, name, size);

@@ -1,5 +1,7 @@
 #include "node.h"
 
+#include <algorithm>
+
 namespace mptqc::ort {
 
 int64_t Shape::elements(size_t first, size_t end) const {
@@ -74,6 +76,20 @@ int64_t Node::integer(const std::string& attribute, int64_t least, int64_t most)
   return value;
 }
 
+std::vector<int32_t> Node::integers(const std::string& attribute, size_t most) const {
+  size_t count = 0;
+  check(api_, api_.integers(info_, attribute.c_str(), nullptr, &count), attribute + ": ");
+  if (count > most) throw std::invalid_argument(attribute + " holds more than " + std::to_string(most) + " numbers");
+  std::vector<int64_t> values(count);
+  if (count > 0) check(api_, api_.integers(info_, attribute.c_str(), values.data(), &count), attribute + ": ");
+  std::vector<int32_t> small;
+  for (const int64_t value : values) {
+    if (value < 0 || value > 255) throw std::invalid_argument(attribute + " holds a number not between 0 and 255");
+    small.push_back(static_cast<int32_t>(value));
+  }
+  return small;
+}
+
 std::string Node::string(const std::string& attribute) const {
   size_t size = 0;
   check(api_, api_.attribute(info_, attribute.c_str(), nullptr, &size), attribute + ": ");
@@ -85,8 +101,14 @@ std::string Node::string(const std::string& attribute) const {
 
 mptqc_quantizer Node::quantizer(const std::string& prefix) const {
   const auto code = [&](const char* name) { return static_cast<int32_t>(integer(prefix + name, 0, 255)); };
-  const mptqc_quantizer quantizer = {number(prefix + "_scale"), code("_zero_point"), code("_minimum"),
-                                     code("_maximum"),          code("_m"),          code("_split")};
+  mptqc_quantizer quantizer = {
+      number(prefix + "_scale"), code("_zero_point"), code("_minimum"), code("_maximum"), 0, {}, {}};
+  const auto m = integers(prefix + "_m", MPTQC_UPPER_REGIONS);
+  const auto split = integers(prefix + "_split", MPTQC_UPPER_REGIONS);
+  if (m.size() != split.size()) throw std::invalid_argument(prefix + "_m and " + prefix + "_split differ in length");
+  quantizer.regions = static_cast<int32_t>(m.size());
+  std::copy(m.begin(), m.end(), quantizer.m);
+  std::copy(split.begin(), split.end(), quantizer.split);
   const char* fault = mptqc_quantizer_fault(&quantizer);
   if (fault != nullptr) throw std::invalid_argument("the quantizer " + prefix + "_* is not sound: " + fault);
   return quantizer;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "abi.h"
 #include "mptqc_kernels.h"
@@ -57,6 +58,7 @@ class Node {
   float number(const std::string& attribute) const;
   int64_t integer(const std::string& attribute) const;
   int64_t integer(const std::string& attribute, int64_t least, int64_t most) const;
+  std::vector<int32_t> integers(const std::string& attribute, size_t most) const;  // each a code, 0 to 255
   std::string string(const std::string& attribute) const;
   mptqc_quantizer quantizer(const std::string& prefix) const;
 

@@ -5,6 +5,7 @@ every variable at every width, all others at their most bits.
 
 greedy           Each step lowers one variable, the one with the least  Δchange/Δcost  by the table, cost in the measure
                  farthest from its limit. A step goes over several bits where that has the least price.
+greedy-compensated  The same by a table whose weights GPTQ rounded, as compensation will, not to the nearest codes.
 greedy-in-place  The paper's: one bit a step, its change measured with all earlier choices in place. A change is kept
                  until the variable comes to the head of the queue and is then measured anew (lazy). Prices that
                  differ by less than their noise (the standard error of the paired difference over images) are ties;

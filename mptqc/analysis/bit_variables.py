@@ -16,7 +16,7 @@ from mptqc.graph.tensors import find_tensors
 from mptqc.recipe import Coverage, Recipe
 
 OPERANDS = ("q", "k", "p", "v")
-TENSOR = "tensor"
+WEIGHT, INPUT, TENSOR = "weight", "input", "tensor"
 
 Shapes = Mapping[str, tuple[int, ...]]
 Bits = tuple[int, ...]
@@ -69,21 +69,20 @@ def find_variables(model: ir.Model, shapes: Shapes, recipe: Recipe) -> list[BitV
     found = []
     groups = input_groups(model, recipe)
     for linear in find_linears(model):
-        widths = _widths(recipe, linear.site, Kind.WEIGHT)
+        widths = _widths(recipe, linear.site, WEIGHT)
         found.append(BitVariable(f"{linear.site}/weight", Kind.WEIGHT, (linear.site,), int(linear.weight.size), widths))
         if (group := groups.get(linear.site)) is not None:
             sites = tuple(member.site for member in group)
             elements = int(np.prod(shapes[str(linear.input.name)]))
-            widths = _widths(recipe, linear.site, Kind.ACTIVATION)
+            widths = _widths(recipe, linear.site, INPUT)
             found.append(BitVariable(f"{linear.site}/input", Kind.ACTIVATION, sites, elements, widths))
     for attention in find_attentions(model):
-        widths = _widths(recipe, attention.site, Kind.ACTIVATION)
         for operand, value in zip(OPERANDS, operands_of(attention), strict=True):
             elements = int(np.prod(shapes[str(value.name)]))
-            name = f"{attention.site}/{operand}"
+            name, widths = f"{attention.site}/{operand}", _widths(recipe, attention.site, operand)
             found.append(BitVariable(name, Kind.ACTIVATION, (attention.site,), elements, widths))
     for tensor in find_tensors(model).found if recipe.coverage is Coverage.FULL else ():
-        widths = _widths(recipe, tensor.site, Kind.ACTIVATION)
+        widths = _widths(recipe, tensor.site, tensor.kind)
         elements = int(np.prod(shapes[str(tensor.value.name)]))
         found.append(BitVariable(f"{tensor.site}/{TENSOR}", Kind.ACTIVATION, (tensor.site,), elements, widths))
     return found
@@ -93,7 +92,7 @@ def input_groups(model: ir.Model, recipe: Recipe) -> dict[str, list[Linear]]:
     """The Linears that read one value with the same choice of bits, by the site of the first."""
     groups: dict[tuple[str, tuple[int, ...]], list[Linear]] = {}
     for linear in find_linears(model):
-        key = str(linear.input.name), _widths(recipe, linear.site, Kind.ACTIVATION)
+        key = str(linear.input.name), _widths(recipe, linear.site, INPUT)
         groups.setdefault(key, []).append(linear)
     return {group[0].site: group for group in groups.values()}
 
@@ -121,7 +120,9 @@ def find_products(model: ir.Model, shapes: Shapes, variables: list[BitVariable])
     return products
 
 
-def _widths(recipe: Recipe, site: str, kind: Kind) -> tuple[int, ...]:
+def _widths(recipe: Recipe, site: str, what: str) -> tuple[int, ...]:
+    """Of a weight, or of an activation of some kind (`recipe.ACTIVATION_KINDS`)."""
+    kind = Kind.WEIGHT if what == WEIGHT else Kind.ACTIVATION
     fixed = recipe.fixed_bits_of(site)
     pinned = fixed.weight_bits if kind is Kind.WEIGHT else fixed.activation_bits
     if pinned is not None:
@@ -129,7 +130,8 @@ def _widths(recipe: Recipe, site: str, kind: Kind) -> tuple[int, ...]:
     if recipe.budget is None or not is_limited(recipe, kind):
         weight_bits, activation_bits = recipe.bits_of(site)
         return (weight_bits if kind is Kind.WEIGHT else activation_bits,)
-    least, most = recipe.bit_limits.weight if kind is Kind.WEIGHT else recipe.bit_limits.activation
+    limits = recipe.bit_limits
+    least, most = limits.weight if kind is Kind.WEIGHT else limits.of_activation(what)
     return tuple(range(least, most + 1))
 
 

@@ -1,20 +1,30 @@
 """Activation quantizers worth trying, ranked by the error of single elements.
 
-Uniform: lo and hi shrunk on a joint grid of half octaves. OPT-m: (m, n1, Δ, z) together; T/Δ = n1 − 1 − z is a multiple
-of 2^m and the codes fit 8 bits (METHOD, OPT-m). The choice among the best few is by output error, in `ranges`.
+Uniform: lo and hi shrunk on a joint grid of half octaves. OPT-m: every way to divide the codes into two or more
+regions that meet on their grids and fit 8 bits (METHOD, OPT-m), each at the same shrinks of hi. The choice among the
+best few is by output error, in `ranges`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import combinations, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, MultiRegion, Region, Uniform
 from mptqc.reference.quantizers import fake_quantize
 
 SHRINKS = tuple(2.0 ** (-step / 2) for step in range(13))
-LOW_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+LARGEST_M, LARGEST_RATIO = 6, 3
+"""The coarsest step is at most 2^6·Δ, and a region's at most 2^3 times that of the region below it."""
+
+SHARES = 16
+"""Regions hold whole numbers of 2^k/16 codes, the last one whatever is left."""
+
+TOP_CODE = 255
 RANDOM_POINTS = 8192
 EXTREME_POINTS = 256
 SMALLEST_SCALE = 1e-12
@@ -28,6 +38,30 @@ class Points:
     weights: NDArray[np.float64]
     low: float
     high: float
+
+    def error(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weighted mean squared error of rounding to the nearest of each row's rising levels [n, L]; [n]."""
+        between = (levels[:, 1:] + levels[:, :-1]) / 2
+        edges = np.searchsorted(self._sorted, between.reshape(-1)).reshape(between.shape)
+        edges = np.pad(edges, ((0, 0), (1, 1)), constant_values=((0, 0), (0, len(self._sorted))))
+        weight, first, second = (np.diff(sums[edges], axis=1) for sums in self._sums)
+        total: NDArray[np.float64] = (second - 2 * levels * first + levels**2 * weight).sum(axis=1)
+        mean: NDArray[np.float64] = np.maximum(total, 0) / self._sums[0][-1]
+        return mean
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(self.values, kind="stable")
+
+    @cached_property
+    def _sorted(self) -> NDArray[np.float64]:
+        return self.values[self._order].astype(np.float64)
+
+    @cached_property
+    def _sums(self) -> tuple[NDArray[np.float64], ...]:
+        """Σw, Σwx, Σwx² up to each of the sorted values, 0 before the first."""
+        weights, x = self.weights[self._order], self._sorted
+        return tuple(np.concatenate([[0.0], np.cumsum(weights * x**power)]) for power in range(3))
 
 
 @dataclass(frozen=True)
@@ -78,20 +112,95 @@ def uniform_candidates(points: Points, bits: int) -> list[Scored]:
     """For each upper end on the grid the best lower end, best first."""
     best = []
     for high in _shrunk(points.high):
-        row = [uniform(bits, low, high) for low in _shrunk(points.low)]
-        best.append(_score(row, points)[0])
+        row = list(dict.fromkeys(uniform(bits, low, high) for low in _shrunk(points.low)))
+        codes = np.arange(2**bits) - np.array([[one.zero_point] for one in row])
+        errors = points.error(codes * np.array([[one.scale] for one in row]))
+        best.append(Scored(float(errors.min()), row[int(errors.argmin())]))
     return sorted(best, key=lambda scored: scored.error)
 
 
-def two_region_candidates(points: Points, bits: int) -> list[Scored]:
-    """For each (m, share of low codes) the best scale and zero point, best first; empty below 3 bits."""
-    best = []
-    for m in range(1, largest_m(bits) + 1):
-        for share in LOW_SHARES:
-            row = [two for top in _shrunk(points.high) for two in _two_regions(points.low, bits, m, share, top)]
-            if row:
-                best.append(_score(row, points)[0])
-    return sorted(best, key=lambda scored: scored.error)
+def region_candidates(points: Points, bits: int, regions: int) -> list[Scored]:
+    """For each choice of steps, and of where the lowest ends, the best quantizer; best first.
+
+    Empty below 3 bits, and if nothing is above zero.
+
+    Args:
+        points: elements of the tensor.
+        bits: 2..8.
+        regions: the most that are tried, 2..4.
+    """
+    if points.high <= 0:
+        return []
+    best: dict[tuple[tuple[int, ...], int], Scored] = {}
+    for m, divisions in divisions_of(bits, regions, below_zero=points.low < 0).items():
+        codes = np.array([division.codes(m) for division in divisions], np.float64)
+        scales = np.maximum(np.outer(_shrunk(points.high), 1 / codes[:, -1]), SMALLEST_SCALE).astype(np.float32)
+        errors = np.stack([points.error(codes * scale[:, None].astype(np.float64)) for scale in scales])
+        for at, (division, error) in enumerate(zip(divisions, errors.min(axis=0), strict=True)):
+            key = m, division.split
+            if key not in best or error < best[key].error:
+                scale = float(scales[errors[:, at].argmin(), at])
+                best[key] = Scored(float(error), division.quantizer(bits, m, scale))
+    return sorted(best.values(), key=lambda scored: scored.error)
+
+
+class Division(NamedTuple):
+    """How many codes each region has, and which code of the lowest is zero."""
+
+    zero_point: int
+    counts: tuple[int, ...]
+
+    @property
+    def split(self) -> int:
+        """Where the lowest region ends, in units of Δ."""
+        return self.counts[0] - 1 - self.zero_point
+
+    def codes(self, m: Sequence[int]) -> NDArray[np.int64]:
+        """Every code, in units of Δ from zero."""
+        steps = np.repeat([1, *(2**one for one in m)], self.counts)
+        steps[0] = -self.zero_point
+        return np.cumsum(steps)
+
+    def quantizer(self, bits: int, m: Sequence[int], scale: float) -> MultiRegion:
+        """As a quantizer, with steps 2^m·scale."""
+        upper = tuple(Region(one, count) for one, count in zip(m, self.counts[1:], strict=True))
+        return MultiRegion(bits=bits, scale=scale, zero_point=self.zero_point, low_codes=self.counts[0], upper=upper)
+
+
+@lru_cache(maxsize=32)
+def divisions_of(bits: int, regions: int, *, below_zero: bool) -> dict[tuple[int, ...], list[Division]]:
+    """By the upper regions' m, rising: every division that meets on the grids, fits 8 bits and is `SHARES` apart."""
+    found = {}
+    for upper in range(1, regions if bits > 2 else 1):
+        for m in combinations(range(1, LARGEST_M + 1), upper):
+            if all(after - before <= LARGEST_RATIO for before, after in pairwise(m)):
+                divisions = list(_divided(2**bits, m, below_zero))
+                if divisions:
+                    found[m] = divisions
+    return found
+
+
+def _divided(codes: int, m: tuple[int, ...], below_zero: bool) -> Iterator[Division]:
+    unit = max(1, codes // SHARES)
+
+    def upper(number: int, split: int, left: int) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Counts of the regions from `number` on, which begins at `split`, and the code that they reach."""
+        step = 2 ** m[number]
+        if split % step:
+            return
+        if number == len(m) - 1:
+            yield (left,), split + left * step
+            return
+        for count in range(unit, left, unit):
+            for counts, top in upper(number + 1, split + count * step, left - count):
+                yield (count, *counts), top
+
+    for zero_point in range(0, codes // 2 if below_zero else 1, unit):
+        for split in range(0, codes - 1 - zero_point, max(unit, 2 ** m[0])):
+            low_codes = split + 1 + zero_point
+            for counts, top in upper(0, split, codes - low_codes):
+                if zero_point + top <= TOP_CODE:
+                    yield Division(zero_point, (low_codes, *counts))
 
 
 def neighbours(quantizer: ActivationQuantizer) -> list[ActivationQuantizer]:
@@ -105,43 +214,26 @@ def neighbours(quantizer: ActivationQuantizer) -> list[ActivationQuantizer]:
             zero_point = quantizer.zero_point + step
             if 0 <= zero_point < 2**quantizer.bits and quantizer.zero_point:
                 near.append(quantizer.model_copy(update={"zero_point": zero_point}))
+    else:
+        near += _shifted(quantizer)
     return near
 
 
-def largest_m(bits: int) -> int:
-    """The largest m at which an even split still fits 8 bits: (2^(k−1) − 1)·2^m ≤ 255 (METHOD, OPT-m)."""
-    m = 0
-    while bits > 2 and (2 ** (bits - 1) - 1) * 2 ** (m + 1) <= 255 and m < 5:
-        m += 1
-    return m
+def _shifted(quantizer: MultiRegion) -> Iterator[MultiRegion]:
+    """One code more below zero and one less at the top, and the reverse; the regions meet where they met."""
+    last = quantizer.upper[-1]
+    for step in (-1, 1):
+        zero_point, top_codes = quantizer.zero_point + step, last.codes - step
+        shifted = quantizer.model_copy(
+            update={
+                "zero_point": zero_point,
+                "low_codes": quantizer.low_codes + step,
+                "upper": (*quantizer.upper[:-1], last._replace(codes=top_codes)),
+            }
+        )
+        if quantizer.zero_point and zero_point >= 0 and top_codes > 0 and shifted.top_code <= TOP_CODE:
+            yield shifted
 
 
 def _shrunk(end: float) -> Sequence[float]:
     return [end * shrink for shrink in SHRINKS] if end else [0.0]
-
-
-def _score(quantizers: Iterable[ActivationQuantizer], points: Points) -> list[Scored]:
-    scored = [Scored(element_error(quantizer, points), quantizer) for quantizer in dict.fromkeys(quantizers)]
-    return sorted(scored, key=lambda one: one.error)
-
-
-def _two_regions(low: float, bits: int, m: int, share: float, top: float) -> list[TwoRegion]:
-    """Quantizers of this structure whose largest value is near `top`; z covers `low` as far as codes allow."""
-    if top <= 0:
-        return []
-    coarse, codes = 2**m, 2**bits
-    found = []
-    low_codes = max(1, round(codes * share))
-    zero_point = 0
-    for _ in range(3):  # z and Δ depend on each other; three rounds settle
-        reach = max(low_codes - 1 - zero_point, 0) + (codes - low_codes) * coarse
-        scale = max(top / reach, SMALLEST_SCALE)
-        zero_point = min(int(np.ceil(-low / scale - 0.5)), low_codes - 1) if low < 0 else 0
-    for zero in {max(zero_point - 1, 0), zero_point, min(zero_point + 1, low_codes - 1)} if low < 0 else {0}:
-        split = round(max(low_codes - 1 - zero, 0) / coarse) * coarse
-        fitted = split + 1 + zero
-        if not 1 <= fitted < codes or fitted - 1 + (codes - fitted) * coarse > 255:
-            continue
-        scale = float(np.float32(max(top / (split + (codes - fitted) * coarse), SMALLEST_SCALE)))
-        found.append(TwoRegion(bits=bits, scale=scale, zero_point=zero, m=m, low_codes=fitted))
-    return found

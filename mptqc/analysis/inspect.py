@@ -14,7 +14,7 @@ from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.integer_sites import PRODUCTS_OF_AN_ATTENTION, IntegerSite, find_integer_sites
 from mptqc.graph.match import find_linears, site_of
 from mptqc.graph.quantized_tensors import QuantizedTensor, find_quantized_tensors
-from mptqc.plan import ActivationQuantizer, QuantPlan, TwoRegion
+from mptqc.plan import ActivationQuantizer, MultiRegion, QuantPlan
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class OperandRow:
         weight_bits: bits of the Linear's weight; None for all others.
         activation_bits: bits of the operand's codes.
         scale: Δ of the operand.
-        zero_point: its zero point, as a code of `activation_bits` bits (two-region: of the low region).
-        quantizer: "uniform" or "two-region".
-        m: two-region: the coarse step is 2^m·Δ; else None.
-        split: two-region: the regions meet at split·Δ; else None.
-        low_codes: two-region: codes of the fine region; else None.
+        zero_point: its zero point, as a code of `activation_bits` bits (multi-region: of the lowest region).
+        quantizer: "uniform" or "multi-region".
+        m: multi-region: the steps of the upper regions are 2^m·Δ; else None.
+        split: multi-region: where they begin, in Δ; else None.
+        low_codes: multi-region: codes of the lowest region; else None.
         alpha: migration strength of the smoothing folded into the norm before a Linear; None if there is none.
         weight_bytes: bytes of the weight's codes in the file; 0 for all others.
         exponents: tensor: whether its channels have powers of two of their own; else None.
@@ -46,8 +46,8 @@ class OperandRow:
     scale: float
     zero_point: int
     quantizer: str
-    m: int | None
-    split: int | None
+    m: tuple[int, ...] | None
+    split: tuple[int, ...] | None
     low_codes: int | None
     alpha: float | None
     weight_bytes: int
@@ -198,7 +198,7 @@ def _row(
     alpha: float | None,
     weight_bytes: int,
 ) -> OperandRow:
-    two_region = quantizer if isinstance(quantizer, TwoRegion) else None
+    regions = quantizer if isinstance(quantizer, MultiRegion) else None
     return OperandRow(
         site=site,
         kind=kind,
@@ -208,9 +208,9 @@ def _row(
         scale=quantizer.scale,
         zero_point=quantizer.zero_point,
         quantizer=quantizer.kind,
-        m=two_region.m if two_region else None,
-        split=two_region.split if two_region else None,
-        low_codes=two_region.low_codes if two_region else None,
+        m=tuple(region.m for region in regions.upper) if regions else None,
+        split=regions.splits if regions else None,
+        low_codes=regions.low_codes if regions else None,
         alpha=alpha,
         weight_bytes=weight_bytes,
         exponents=None,

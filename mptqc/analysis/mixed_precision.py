@@ -16,7 +16,7 @@ from mptqc.analysis.budget import FileBytes, Measure, measures_of
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.scoring import Scorer
 from mptqc.analysis.sensitivity import Measured, Problem, Quantize, make_problem
-from mptqc.analysis.widths import at_bits, bits_of
+from mptqc.analysis.widths import at_bits, bits_of, without_trials
 from mptqc.data.samples import Samples
 from mptqc.errors import BudgetError, RecipeError
 from mptqc.plan import BitPath, QuantPlan, Step
@@ -93,7 +93,7 @@ def allocate(
     figures = {"loss": first.loss, "accuracy": first.accuracy}
     sizes = {"bytes": file_bytes(start), "end_bytes": file_bytes(end)}
     path = empty.model_copy(update={**figures, **sizes, "steps": steps})
-    return chosen.model_copy(update={"path": path})
+    return without_trials(chosen).model_copy(update={"path": path})
 
 
 def _fitted_bytes(variables: Sequence[BitVariable], start: Bits, plan: QuantPlan, size_of: SizeOf) -> FileBytes:

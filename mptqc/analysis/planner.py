@@ -7,6 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.analysis.bit_variables import find_variables, input_groups
+from mptqc.analysis.gptq import Factor, gptq
 from mptqc.analysis.observe import Observations, Progress, Rows, observe, origin
 from mptqc.analysis.ranges import Search, attention_searches, linear_input_search
 from mptqc.analysis.smoothing import Smoothing, plan_attention, plan_gelu, plan_norm
@@ -32,9 +33,8 @@ from mptqc.plan import (
     NormFold,
     QuantPlan,
     Refusal,
-    TensorKind,
 )
-from mptqc.recipe import Coverage, RangeMethod, Recipe
+from mptqc.recipe import Allocator, Coverage, RangeMethod, Recipe, TensorKind
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -101,7 +101,7 @@ def _plan_gelu(activation: Activation, seen: Observations, recipe: Recipe) -> Sm
         min(weight_bits for weight_bits, _ in bits),
         min(activation_bits for _, activation_bits in bits),
         recipe.seed,
-        two_regions=recipe.opt_m,
+        regions=recipe.most_regions,
         corrected=recipe.compensation,
     )
 
@@ -175,6 +175,8 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
     widths = {variable.name: variable.widths for variable in variables}
     arrays: dict[str, NDArray[np.generic]] = {}
     moments: dict[str, NDArray[np.float32]] = {}
+    factor: Factor | None = None
+    compensated = recipe.budget is not None and recipe.allocator is Allocator.GREEDY_COMPENSATED
     for done, (site, group) in enumerate(input_groups(model, recipe).items()):
         report("search Linears", done, len(linears))
         search = _input_search(group, seen.rows[str(group[0].input.name)], shapes, recipe)
@@ -182,17 +184,20 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
     for done, linear in enumerate(linears):
         report("search weights", done, len(linears))
         name = str(linear.input.name)
-        if _scales_by_output(recipe) and name not in moments:
+        if (_scales_by_output(recipe) or compensated) and name not in moments:
             moments = {name: second_moment(seen.rows[name])}
+            factor = Factor.of(moments[name].astype(np.float64)) if compensated else None
         for bits in widths[f"{linear.site}/weight"]:
             scale = _weight_scale(linear, bits, recipe, moments.get(name))
             arrays[f"{linear.site}/weight_scale/{bits}"] = scale
+            if factor is not None:
+                arrays[f"{linear.site}/weight_codes/{bits}"] = gptq(factor, linear.weight, scale, bits)
     for done, attention in enumerate(attentions):
         report("search attentions", done, len(attentions))
         searches = attention_searches(
             seen.slices[attention.site],
             recipe.range_method,
-            two_regions=recipe.opt_m,
+            regions=recipe.most_regions,
             seed=recipe.seed,
             corrected=recipe.compensation,
         )
@@ -221,7 +226,7 @@ def _input_search(group: Sequence[Linear], rows: Rows, shapes: Shapes, recipe: R
         rows,
         weights,
         recipe.range_method,
-        two_regions=recipe.opt_m and after_gelu,
+        regions=recipe.most_regions if after_gelu else 1,
         corrected=recipe.compensation,
         seed=recipe.seed,
     )

@@ -16,12 +16,12 @@ from mptqc.analysis.candidates import (
     element_error,
     neighbours,
     points_of,
-    two_region_candidates,
+    region_candidates,
     uniform,
     uniform_candidates,
 )
 from mptqc.analysis.observe import Rows, Slices
-from mptqc.plan import ActivationQuantizer
+from mptqc.plan import ActivationQuantizer, MultiRegion
 from mptqc.recipe import RangeMethod
 from mptqc.reference.quantizers import fake_quantize
 
@@ -30,22 +30,36 @@ OutputError = Callable[[ActivationQuantizer], float]
 Search = Callable[[int], ActivationQuantizer]
 """From bits, 2..8, to the best quantizer of one tensor; what all widths share is prepared."""
 
+WORTH = 1.1
+"""A region more costs time in every run: it must divide the error by so much."""
+
 SHORTLIST = 6
+REGION_SHORTLIST = 16
+PROBABILITY_SHORTLIST, FEW_BITS = 48, 4
+"""Of probabilities the best by elements is often not the best by far: at few bits more are tried."""
+
 PERCENTILE = 99.99
 REFINEMENTS = 2
 
 
 def search_quantizer(
-    points: Points, bits: int, method: RangeMethod, *, two_regions: bool, output_error: OutputError
+    points: Points,
+    bits: int,
+    method: RangeMethod,
+    *,
+    regions: int,
+    output_error: OutputError,
+    shortlist: int = REGION_SHORTLIST,
 ) -> ActivationQuantizer:
     """The best quantizer of one tensor.
 
     Args:
         points: weighted elements of the tensor.
         bits: 2..8.
-        method: how to choose; two regions are always searched, by element error where `method` is not `output`.
-        two_regions: whether OPT-m is tried beside uniform.
+        method: how to choose; OPT-m is always searched, by element error where `method` is not `output`.
+        regions: the most regions of OPT-m, tried beside uniform; 1 for uniform only.
         output_error: error where the tensor is used, for `output`.
+        shortlist: how many quantizers of OPT-m are tried there.
     """
     if method is RangeMethod.MIN_MAX:
         plain = [Scored(0.0, uniform(bits, points.low, points.high))]
@@ -53,26 +67,31 @@ def search_quantizer(
         plain = [Scored(0.0, uniform(bits, *_percentile_range(points)))]
     else:
         plain = uniform_candidates(points, bits)
-    split = two_region_candidates(points, bits) if two_regions else []
+    split = region_candidates(points, bits, regions) if regions > 1 else []
     if method is RangeMethod.OUTPUT:
         full_range = Scored(0.0, uniform(bits, points.low, points.high))
-        return _search_by_output([full_range, *plain[:SHORTLIST], *split[:SHORTLIST]], output_error)
+        return _search_by_output([full_range, *plain[:SHORTLIST], *split[:shortlist]], output_error)
     if not split:
         return plain[0].quantizer
     return min(plain[0].quantizer, split[0].quantizer, key=lambda one: element_error(one, points))
 
 
 def _search_by_output(shortlist: Sequence[Scored], output_error: OutputError) -> ActivationQuantizer:
-    """The best of the shortlist, then of its neighbours while that helps."""
-    scored = [Scored(output_error(one.quantizer), one.quantizer) for one in shortlist]
+    """The best of the shortlist, then of its neighbours while that helps; a region more must be worth it."""
+    scored = [_judged(one.quantizer, output_error) for one in shortlist]
     best = min(scored, key=lambda one: one.error)
     for _ in range(REFINEMENTS):
-        near = [Scored(output_error(quantizer), quantizer) for quantizer in neighbours(best.quantizer)]
+        near = [_judged(quantizer, output_error) for quantizer in neighbours(best.quantizer)]
         nearest = min(near, key=lambda one: one.error)
         if nearest.error >= best.error:
             break
         best = nearest
     return best.quantizer
+
+
+def _judged(quantizer: ActivationQuantizer, output_error: OutputError) -> Scored:
+    upper = len(quantizer.upper) if isinstance(quantizer, MultiRegion) else 0
+    return Scored(output_error(quantizer) * WORTH**upper, quantizer)
 
 
 def _percentile_range(points: Points) -> tuple[float, float]:
@@ -85,7 +104,7 @@ def _percentile_range(points: Points) -> tuple[float, float]:
 
 
 def linear_input_search(
-    rows: Rows, weights: Sequence[Array], method: RangeMethod, *, two_regions: bool, seed: int, corrected: bool = False
+    rows: Rows, weights: Sequence[Array], method: RangeMethod, *, regions: int, seed: int, corrected: bool = False
 ) -> Search:
     """The search for the input quantizer of the Linears that read one value.
 
@@ -93,7 +112,7 @@ def linear_input_search(
         rows: samples of the value, [n, K].
         weights: W [K, N] of each reader.
         method: how to choose.
-        two_regions: whether OPT-m is tried.
+        regions: as for `search_quantizer`.
         seed: of the choice of elements.
         corrected: whether weights and biases will be compensated: then only what they cannot mend counts.
     """
@@ -108,7 +127,7 @@ def linear_input_search(
             error = uncorrected(error, found, rows.weights)
         return float(np.square((error * root) @ factor).sum())
 
-    return lambda bits: search_quantizer(points, bits, method, two_regions=two_regions, output_error=output_error)
+    return lambda bits: search_quantizer(points, bits, method, regions=regions, output_error=output_error)
 
 
 def uncorrected(error: Array, found: Array, weights: Array) -> Array:
@@ -146,14 +165,14 @@ def output_factor(weights: Sequence[Array]) -> Array:
 
 
 def attention_searches(
-    slices: Slices, method: RangeMethod, *, two_regions: bool, seed: int, corrected: bool = False
+    slices: Slices, method: RangeMethod, *, regions: int, seed: int, corrected: bool = False
 ) -> Mapping[str, Search]:
-    """The searches for q, k, p and v of one attention; two regions are tried for the probabilities (p) only.
+    """The searches for q, k, p and v of one attention; OPT-m is tried for the probabilities (p) only.
 
     Args:
         slices: operands of the products.
         method: how to choose.
-        two_regions: whether OPT-m is tried.
+        regions: as for `search_quantizer`.
         seed: of the choice of elements.
         corrected: whether the Linear that reads the context will be compensated: then only what it cannot mend counts.
     """
@@ -184,13 +203,20 @@ def attention_searches(
             return float(np.square(error).sum())
         return sum(_left_of_head(error[slices.heads == head], context[slices.heads == head]) for head in heads)
 
-    def search(values: Array, error: OutputError, allowed: bool) -> Search:
+    def search(values: Array, error: OutputError, allowed: int) -> Search:
         points = points_of(values, None, float(values.min()), float(values.max()), seed)
-        return lambda bits: search_quantizer(points, bits, method, two_regions=allowed, output_error=error)
+        return lambda bits: search_quantizer(
+            points,
+            bits,
+            method,
+            regions=allowed,
+            output_error=error,
+            shortlist=PROBABILITY_SHORTLIST if bits <= FEW_BITS else REGION_SHORTLIST,
+        )
 
     return {
-        "q": search(q, q_error, False),
-        "k": search(k, k_error, False),
-        "p": search(p, p_error, two_regions),
-        "v": search(v, v_error, False),
+        "q": search(q, q_error, 1),
+        "k": search(k, k_error, 1),
+        "p": search(p, p_error, regions),
+        "v": search(v, v_error, 1),
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.analysis.candidates import points_of, two_region_candidates, uniform_candidates
+from mptqc.analysis.candidates import points_of, region_candidates, uniform_candidates
 from mptqc.analysis.observe import Rows, Slices
 from mptqc.analysis.weights import search_weight_scale
 from mptqc.plan import ActivationQuantizer
@@ -104,7 +104,7 @@ def _trial_error(
     activation_bits: int,
     seed: int,
     *,
-    two_regions: bool = False,
+    regions: int = 1,
     corrected: bool = False,
 ) -> float:
     """‖Q(x')Q(W') − x'W'‖² over sampled rows."""
@@ -113,8 +113,8 @@ def _trial_error(
     low, high = (rows.low - trial.shift) / trial.scale, (rows.high - trial.shift) / trial.scale
     points = points_of(smoothed, rows.weights, float(low.min()), float(high.max()), seed)
     candidates = uniform_candidates(points, activation_bits)
-    if two_regions:
-        candidates += two_region_candidates(points, activation_bits)
+    if regions > 1:
+        candidates += region_candidates(points, activation_bits, regions)
     quantizer = min(candidates, key=lambda scored: scored.error).quantizer
     weight_scale = search_weight_scale(scaled, weight_bits, None)
     codes = quantize_weight(scaled, weight_scale, weight_bits) * weight_scale
@@ -131,7 +131,7 @@ def plan_gelu(
     activation_bits: int,
     seed: int,
     *,
-    two_regions: bool,
+    regions: int,
     corrected: bool = False,
 ) -> Smoothing:
     """The scale of one GELU's output; its shift is 0: exact zeros stay zeros.
@@ -141,7 +141,7 @@ def plan_gelu(
         weights: W [K, N] of each reader.
         weight_bits: of the readers; activation_bits: of their common input.
         seed: of the choice of elements.
-        two_regions: whether that input may have an OPT-m quantizer.
+        regions: the most that the quantizer of that input may have.
         corrected: as for `plan_norm`.
     """
     weight = np.concatenate(weights, axis=1)
@@ -152,9 +152,7 @@ def plan_gelu(
         logarithm = exponent * np.log(reach)
         trials.append(Smoothing(exponent, no_shift, np.exp(logarithm - logarithm.mean()).astype(np.float32)))
     errors = [
-        _trial_error(
-            rows, weight, trial, weight_bits, activation_bits, seed, two_regions=two_regions, corrected=corrected
-        )
+        _trial_error(rows, weight, trial, weight_bits, activation_bits, seed, regions=regions, corrected=corrected)
         for trial in trials
     ]
     return trials[int(np.argmin(errors))]

@@ -20,8 +20,8 @@ from mptqc.analysis.widths import quantizer_array
 from mptqc.graph.edit import is_op
 from mptqc.graph.match import find_linears, find_norms
 from mptqc.graph.tensors import Tensor, readers_of
-from mptqc.plan import ActivationQuantizer, TensorKind, TensorPlan
-from mptqc.recipe import Recipe
+from mptqc.plan import ActivationQuantizer, TensorPlan
+from mptqc.recipe import Recipe, TensorKind
 
 Array = NDArray[np.float32]
 

@@ -75,7 +75,7 @@ class NormInputSearch:
         def output_error(quantizer: ActivationQuantizer) -> float:
             return self._error_of(fake_quantize(quantizer, x) * factor)
 
-        return search_quantizer(points, bits, self._method, two_regions=False, output_error=output_error)
+        return search_quantizer(points, bits, self._method, regions=1, output_error=output_error)
 
     def _fake_quantize(self, quantizer: ActivationQuantizer, exponents: NDArray[np.int8] | None) -> Array:
         factor = _factor(exponents, self._rows.rows.shape[1])
@@ -125,7 +125,7 @@ def search_gelu_input(
         error = (table[quantize(quantizer, rows.rows)] - after) * root
         return float(np.square(error @ factor).sum())
 
-    return search_quantizer(points, bits, method, two_regions=False, output_error=output_error)
+    return search_quantizer(points, bits, method, regions=1, output_error=output_error)
 
 
 def search_scores(slices: Slices, bits: int, method: RangeMethod, *, seed: int) -> ActivationQuantizer:
@@ -139,7 +139,7 @@ def search_scores(slices: Slices, bits: int, method: RangeMethod, *, seed: int) 
         error = _softmax(fake_quantize(quantizer, scores)) - slices.p
         return float(np.square(np.matmul(error, v)).sum())
 
-    return search_quantizer(points, bits, method, two_regions=False, output_error=output_error)
+    return search_quantizer(points, bits, method, regions=1, output_error=output_error)
 
 
 def search_rows(rows: Rows, bits: int, method: RangeMethod, *, seed: int) -> ActivationQuantizer:
@@ -151,7 +151,7 @@ def search_rows(rows: Rows, bits: int, method: RangeMethod, *, seed: int) -> Act
         error = fake_quantize(quantizer, rows.rows) - rows.rows
         return float(weights @ np.square(error).sum(axis=1))
 
-    return search_quantizer(points, bits, method, two_regions=False, output_error=output_error)
+    return search_quantizer(points, bits, method, regions=1, output_error=output_error)
 
 
 def _reader_factor(reader: NormReader) -> Array:

@@ -20,7 +20,7 @@ from mptqc.graph.match import site_of
 from mptqc.graph.native_nodes import ATTENTION_OPS, LINEAR_OPS, is_native, native_weight, native_weight_scale
 from mptqc.plan import ActivationQuantizer, AttentionPlan, LayerPlan, QuantPlan
 from mptqc.reference.custom_op_bounds import output_bounds
-from mptqc.reference.custom_ops import block_weight, code_quantizer
+from mptqc.reference.custom_ops import CodeAttribute, block_weight, code_quantizer
 
 GROUP_NODES = 16
 
@@ -87,7 +87,7 @@ def _input(node: ir.Node, index: int, seen: Values) -> NDArray[Any] | None:
     return seen[str(value.name)] if constant is None else constant
 
 
-def _planned_operands(node: ir.Node, plan: QuantPlan) -> dict[str, float | int]:
+def _planned_operands(node: ir.Node, plan: QuantPlan) -> dict[str, CodeAttribute]:
     """The attributes that say how the plan quantizes what the operator reads, and the probabilities."""
     if is_native(node, *LINEAR_OPS):
         return {"input_scale": float(np.float32(_layer(node, plan).input.scale))}

@@ -1,7 +1,9 @@
 """Quantizers at every width that a variable may get, kept as arrays of the plan; and the plan at any choice of bits.
 
-<variable>/quantizers    float32 [widths, 5]: bits, scale, zero point, m, low codes; m = 0 is uniform
+<variable>/quantizers    float32 [widths, 10]: bits, scale, zero point, low codes, then m and codes of three upper
+                         regions; 0 where there is none
 <site>/weight_scale/<k>  float32 [N]
+<site>/weight_codes/<k>  int8 [K, N], during a search that scores weights as GPTQ rounds them
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,10 +13,12 @@ from numpy.typing import NDArray
 
 from mptqc.analysis.bit_variables import OPERANDS, TENSOR, BitVariable, Kind
 from mptqc.errors import PlanError
-from mptqc.plan import ActivationQuantizer, AttentionPlan, LayerPlan, QuantPlan, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, AttentionPlan, LayerPlan, MultiRegion, QuantPlan, Region, Uniform
 
 Arrays = Mapping[str, NDArray[np.generic]]
 QuantizersByBits = Mapping[int, ActivationQuantizer]
+
+UPPER_REGIONS = 3
 
 COMPENSATED = ("weight_codes", "bias")
 """Arrays of a site that hold for one choice of bits only."""
@@ -22,30 +26,31 @@ COMPENSATED = ("weight_codes", "bias")
 
 def quantizer_array(quantizers: QuantizersByBits) -> NDArray[np.float32]:
     """The quantizers of one variable as rows, see above."""
-    rows = [
-        (one.bits, one.scale, one.zero_point, one.m, one.low_codes)
-        if isinstance(one, TwoRegion)
-        else (one.bits, one.scale, one.zero_point, 0, 0)
-        for one in quantizers.values()
-    ]
-    return np.array(rows, np.float32)
+    rows = np.zeros((len(quantizers), 4 + 2 * UPPER_REGIONS), np.float32)
+    for row, one in zip(rows, quantizers.values(), strict=True):
+        row[:3] = one.bits, one.scale, one.zero_point
+        if isinstance(one, MultiRegion):
+            row[3] = one.low_codes
+            row[4 : 4 + 2 * len(one.upper)] = np.array(one.upper).reshape(-1)
+    return rows
 
 
 def quantizers_of(array: NDArray[np.float32]) -> dict[int, ActivationQuantizer]:
     """What `quantizer_array` was made of."""
     found: dict[int, ActivationQuantizer] = {}
     for row in array:
-        bits, zero_point, m, low_codes = (int(row[column]) for column in (0, 2, 3, 4))
+        bits, zero_point, low_codes = (int(row[column]) for column in (0, 2, 3))
         scale = float(row[1])
-        if m:
-            found[bits] = TwoRegion(bits=bits, scale=scale, zero_point=zero_point, m=m, low_codes=low_codes)
+        upper = tuple(Region(int(m), int(codes)) for m, codes in row[4:].reshape(-1, 2) if m)
+        if upper:
+            found[bits] = MultiRegion(bits=bits, scale=scale, zero_point=zero_point, low_codes=low_codes, upper=upper)
         else:
             found[bits] = Uniform(bits=bits, scale=scale, zero_point=zero_point)
     return found
 
 
 def at_bits(plan: QuantPlan, variables: Sequence[BitVariable], bits: Mapping[str, int]) -> QuantPlan:
-    """The plan with these bits, its weights rounded at the scales found for them.
+    """The plan with these bits, its weights rounded at the scales found for them, or to the codes where it has them.
 
     Args:
         plan: holds the arrays named above, and a tensor of any width for each variable that is one.
@@ -74,6 +79,8 @@ def at_bits(plan: QuantPlan, variables: Sequence[BitVariable], bits: Mapping[str
             arrays[f"{site}/weight_scale"] = plan.array(f"{site}/weight_scale/{weight_bits}")
             for what in COMPENSATED:
                 arrays.pop(f"{site}/{what}", None)
+            if (codes := plan.arrays.get(f"{site}/weight_codes/{weight_bits}")) is not None:
+                arrays[f"{site}/weight_codes"] = codes
         elif variable.name.endswith(f"/{OPERANDS[0]}"):
             q, k, p, v = (quantizers[f"{site}/{operand}"] for operand in OPERANDS)
             attentions.append(AttentionPlan(site=site, q=q, k=k, p=p, v=v))
@@ -93,6 +100,11 @@ def _quantizer(plan: QuantPlan, name: str, bits: int) -> ActivationQuantizer:
 def without(plan: QuantPlan, keys: Collection[str]) -> QuantPlan:
     """The plan without some of its arrays."""
     return plan.model_copy(update={"arrays": {key: array for key, array in plan.arrays.items() if key not in keys}})
+
+
+def without_trials(plan: QuantPlan) -> QuantPlan:
+    """The plan without the weight codes of every width, which only a search needs."""
+    return without(plan, [key for key in plan.arrays if "/weight_codes/" in key])
 
 
 def bits_of(plan: QuantPlan, variables: Sequence[BitVariable]) -> dict[str, int]:

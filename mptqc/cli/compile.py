@@ -69,7 +69,7 @@ def compile(
     ] = None,
     smoothing: Annotated[bool | None, typer.Option("--smoothing/--no-smoothing", help="SQ-b (default: on).")] = None,
     opt_m: Annotated[
-        bool | None, typer.Option("--opt-m/--no-opt-m", help="Two-region quantizers (default: on).")
+        bool | None, typer.Option("--opt-m/--no-opt-m", help="Quantizers of up to four regions (default: on).")
     ] = None,
     attention_folds: Annotated[
         bool | None,
@@ -122,7 +122,9 @@ def compile(
     ] = None,
     allocator: Annotated[
         str | None,
-        typer.Option("--allocator", help="greedy, greedy-in-place or exact (needs scipy) (default: greedy)."),
+        typer.Option(
+            "--allocator", help="greedy, greedy-compensated, greedy-in-place or exact (needs scipy) (default: greedy)."
+        ),
     ] = None,
     executor: Annotated[
         str, typer.Option("--executor", help="Where allocation measures: in-process, processes:N, dask://host:port.")

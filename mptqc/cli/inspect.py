@@ -74,7 +74,8 @@ def _totals_table(inspection: Inspection) -> Table:
 def _quantizer(row: OperandRow) -> str:
     if row.m is None:
         return f"{row.quantizer}, exponents" if row.exponents else row.quantizer
-    return f"m={row.m} split={row.split} low={row.low_codes}"
+    m, split = (",".join(map(str, numbers or ())) for numbers in (row.m, row.split))
+    return f"m={m} split={split} low={row.low_codes}"
 
 
 def _or_dash(value: float | None) -> str:

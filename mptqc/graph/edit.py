@@ -110,7 +110,10 @@ class Builder:
         """Insert one node and return it."""
         label = self._unique(f"{self._prefix}/{name or op_type}")
         outputs = [ir.val(self._unique(f"{label}_output{i or ''}")) for i in range(num_outputs)]
-        node = ir.node(op_type, inputs, attributes or {}, domain=domain, outputs=outputs, name=label)
+        typed = {  # an empty tuple says no type by itself
+            key: ir.AttrInt64s(key, value) if value == () else value for key, value in (attributes or {}).items()
+        }
+        node = ir.node(op_type, inputs, typed, domain=domain, outputs=outputs, name=label)
         self.graph.insert_before(self._anchor, node)
         return node
 

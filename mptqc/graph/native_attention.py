@@ -143,7 +143,7 @@ def _operand(letter: str, value: ir.Value, to_rows: tuple[int, ...], shapes: Bat
     if not np.array_equal(index, np.arange(size)):
         raise RefusalError(f"the heads of {letter} do not lie side by side in {moved.source.name}")
     if found.signed and found.quantizer.m:
-        raise RefusalError(f"{letter} has a two-region quantizer in an int8 container")
+        raise RefusalError(f"{letter} has a quantizer of several regions in an int8 container")
     return found
 
 

@@ -44,7 +44,7 @@ def match_quantizer(codes: ir.Value) -> FoundQuantizer | None:
     joined = producer(codes, "QuantizeLinear")
     regions = None if joined is None else producer(joined.inputs[0], "Add")
     if joined is not None and regions is not None and producer(regions.inputs[0], "DequantizeLinear") is not None:
-        return _match_two_region(codes, joined, regions)
+        return _match_regions(codes, joined, regions)
     found = _match_range(codes)
     if found is None:
         return None
@@ -67,13 +67,15 @@ def match_reader(node: ir.Node) -> FoundQuantizer | None:
     """The quantizer that begins with this QuantizeLinear, or None."""
     if not is_op(node, "QuantizeLinear"):
         return None
-    one_range = joined = node.outputs[0]
-    for op_type in ("Clip", "DequantizeLinear", "Add", "QuantizeLinear"):
-        after = only_consumer(joined)
-        if after is not None and is_op(after, op_type):
-            joined = after.outputs[0]
-            one_range = joined if op_type == "Clip" else one_range
-    return match_quantizer(joined) or match_quantizer(one_range)
+    found, value = None, node.outputs[0]
+    while True:
+        quantizer = match_quantizer(value)
+        if quantizer is not None and quantizer.x is node.inputs[0]:
+            found = quantizer
+        after = only_consumer(value)
+        if after is None or not is_op(after, "Clip", "DequantizeLinear", "Add", "QuantizeLinear"):
+            return found
+        value = after.outputs[0]
 
 
 def emit_unsigned(found: FoundQuantizer, build: Builder) -> ir.Value:
@@ -138,24 +140,25 @@ def _limit(clip: ir.Node | None, index: int) -> int | None:
     return None if array is None else int(array.reshape(-1)[0])
 
 
-def _match_two_region(codes: ir.Value, joined: ir.Node, regions: ir.Node) -> FoundQuantizer | None:
-    """Low and high range, and that their codes meet on the coarse grid."""
-    parts = list(_dequantized(regions))
+def _match_regions(codes: ir.Value, joined: ir.Node, sum_of_parts: ir.Node) -> FoundQuantizer | None:
+    """The regions below and one above them, and that their codes meet on the grid of the one above."""
+    parts = list(_dequantized(sum_of_parts))
     last = _match_range(codes)
-    if len(parts) != 2 or last is None:
+    if len(parts) != 2 or last is None or parts[1][0].quantizer.m:
         return None
-    (low, low_zero), (high, split_code) = parts
+    (found, low_zero), (found_above, split_code) = parts
+    low, high = found.quantizer, found_above.quantizer
     m = math.frexp(high.scale / low.scale)[1] - 1
     split = low.maximum - low.zero_point
     first = split_code - high.zero_point
-    lowest = lowest_code(high.x, high.scale)
+    lowest = lowest_code(found.x, high.scale)
     starts_there = high.minimum == split_code or (high.minimum < split_code and lowest is not None and lowest >= first)
     consistent = (
-        low.x is high.x
-        and low.signed == high.signed == last.signed
+        found.x is found_above.x
+        and found.signed == found_above.signed == last.signed
         and low.scale == last.scale
         and low_zero == low.zero_point
-        and 1 <= m <= 7
+        and max((0, *low.m)) < m <= 7
         and high.scale == low.scale * 2**m
         and starts_there
         and split == first * 2**m >= 0
@@ -165,19 +168,19 @@ def _match_two_region(codes: ir.Value, joined: ir.Node, regions: ir.Node) -> Fou
     if not consistent or maximum >= CODES or (last.minimum, last.maximum) != (0, CODES - 1):
         return None
     minimum = max(0, last.zero_point + low.minimum - low.zero_point)
-    quantizer = CodeQuantizer(low.scale, last.zero_point, minimum, maximum, m, split)
-    return FoundQuantizer(low.x, codes, quantizer, low.signed)
+    quantizer = CodeQuantizer(low.scale, last.zero_point, minimum, maximum, (*low.m, m), (*low.split, split))
+    return FoundQuantizer(found.x, codes, quantizer, found.signed)
 
 
-def _dequantized(regions: ir.Node) -> Iterator[tuple[_Range, int]]:
-    """The range that each operand of the Add opens, and the code that it takes for zero."""
+def _dequantized(regions: ir.Node) -> Iterator[tuple[FoundQuantizer, int]]:
+    """The quantizer that makes each operand of the Add, and the code that the operand takes for zero."""
     for value in regions.inputs:
         node = producer(value, "DequantizeLinear")
-        found = None if node is None else _match_range(node.inputs[0])
+        found = None if node is None or node.inputs[0] is None else match_quantizer(node.inputs[0])
         if node is None or found is None or len(node.inputs) < 3:
             continue
         scale, zero = constant_of(node.inputs[1]), constant_of(node.inputs[2])
         if scale is None or zero is None or scale.size != 1 or zero.size != 1:
             continue
-        if float(scale.reshape(-1)[0]) == found.scale:
+        if float(scale.reshape(-1)[0]) == found.quantizer.scale:
             yield found, int(zero.reshape(-1)[0]) + (SIGNED_OFFSET if found.signed else 0)

@@ -1,8 +1,9 @@
 """One quantizer in standard ONNX, in the form that ONNX Runtime runs fastest.
 
 Uniform      QuantizeLinear (-> Clip)
-Two-region   q0 = QuantizeLinear(x, Δ) up to T;  q1 = QuantizeLinear(x, 2^m·Δ) from T on, clipped;
-             DequantizeLinear(q0) + DequantizeLinear(q1) -> QuantizeLinear(Δ)   (ORT: one QLinearAdd)
+OPT-m        q = QuantizeLinear(x, Δ) up to T;  then for each upper region
+             h = QuantizeLinear(x, 2^m·Δ) from its T to the next, clipped;
+             q = DequantizeLinear(q) + DequantizeLinear(h) -> QuantizeLinear(Δ)   (ORT: one QLinearAdd)
 
 Both give the reference's codes exactly.
 """
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from mptqc.errors import PlanError
 from mptqc.graph.edit import Builder, constant_of, producer
-from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, MultiRegion, Uniform
 
 CODES = 256
 """How many codes an 8-bit container has."""
@@ -45,31 +46,32 @@ def emit_quantizer(x: ir.Value, operand: Operand, build: Builder) -> Codes:
     """Quantize `x`; the codes equal the reference's, shifted by a constant that the zero point carries."""
     quantizer = operand.quantizer
     scale = build.constant("scale", np.array(quantizer.scale, np.float32))
-    if isinstance(quantizer, TwoRegion):
-        return _emit_two_region(x, quantizer, scale, operand.signed, build)
+    if isinstance(quantizer, MultiRegion):
+        return _emit_regions(x, quantizer, scale, operand.signed, build)
     low, high = -quantizer.zero_point, 2**quantizer.bits - 1 - quantizer.zero_point
     fitted = _fit(low, high, lowest_code(x, quantizer.scale), operand.signed, centred=True)
     codes, zero_point = _saturate(x, scale, fitted, operand.signed, build, "quantize")
     return Codes(codes, scale, zero_point)
 
 
-def _emit_two_region(x: ir.Value, quantizer: TwoRegion, scale: ir.Value, signed: bool, build: Builder) -> Codes:
-    coarse = 2**quantizer.m
-    first = quantizer.split // coarse
-    coarse_scale = build.constant("scale_high", np.array(quantizer.scale * coarse, np.float32))
-    fit_low = _fit(-quantizer.zero_point, quantizer.split, lowest_code(x, quantizer.scale), signed)
-    fit_high = _fit(first, first + quantizer.high_codes, lowest_code(x, quantizer.scale * coarse), signed)
-    low, low_zero = _saturate(x, scale, fit_low, signed, build, "quantize_low")
-    high, _ = _saturate(x, coarse_scale, fit_high, signed, build, "quantize_high")
-    split_code = build.constant("split_code", _container(fit_high.zero_point + first, signed))
+def _emit_regions(x: ir.Value, quantizer: MultiRegion, scale: ir.Value, signed: bool, build: Builder) -> Codes:
+    fit = _fit(-quantizer.zero_point, quantizer.splits[0], lowest_code(x, quantizer.scale), signed)
+    codes, codes_zero = _saturate(x, scale, fit, signed, build, "quantize_low")
     zero_point = build.constant("zero_point", _container(quantizer.zero_point + _bottom(signed), signed))
-    low_part = build.op("DequantizeLinear", [low, scale, low_zero], name="dequantize_low")
-    high_part = build.op("DequantizeLinear", [high, coarse_scale, split_code], name="dequantize_high")
-    total = build.op("Add", [low_part, high_part], name="join_regions")
-    codes = build.op("QuantizeLinear", [total, scale, zero_point], name="quantize")
-    for value in (low_part, high_part, total):
-        value.shape, value.dtype = x.shape, ir.DataType.FLOAT
-    codes.shape, codes.type = x.shape, zero_point.type
+    for region, split in zip(quantizer.upper, quantizer.splits, strict=True):
+        step = quantizer.scale * 2**region.m
+        first = split // 2**region.m
+        fit = _fit(first, first + region.codes, lowest_code(x, step), signed)
+        step_scale = build.constant("scale_high", np.array(step, np.float32))
+        high, _ = _saturate(x, step_scale, fit, signed, build, "quantize_high")
+        split_code = build.constant("split_code", _container(fit.zero_point + first, signed))
+        low_part = build.op("DequantizeLinear", [codes, scale, codes_zero], name="dequantize_low")
+        high_part = build.op("DequantizeLinear", [high, step_scale, split_code], name="dequantize_high")
+        total = build.op("Add", [low_part, high_part], name="join_regions")
+        codes, codes_zero = build.op("QuantizeLinear", [total, scale, zero_point], name="quantize"), zero_point
+        for value in (low_part, high_part, total):
+            value.shape, value.dtype = x.shape, ir.DataType.FLOAT
+        codes.shape, codes.type = x.shape, zero_point.type
     return Codes(codes, scale, zero_point)
 
 
@@ -133,16 +135,21 @@ def check_quantizer(quantizer: ActivationQuantizer, where: str) -> None:
                 f"(0 to {2**quantizer.bits - 1}); the plan is damaged"
             )
         return
-    if quantizer.high_codes < 1 or quantizer.top_code >= CODES:
+    ms = [region.m for region in quantizer.upper]
+    held = quantizer.low_codes + sum(region.codes for region in quantizer.upper)
+    if held != 2**quantizer.bits or quantizer.top_code >= CODES or ms != sorted(set(ms)):
+        regions = ", ".join(f"{region.codes} codes of 2^{region.m}" for region in quantizer.upper)
         raise PlanError(
-            f"{where}: a two-region quantizer of {quantizer.bits} bits with m = {quantizer.m} and "
-            f"{quantizer.low_codes} low codes reaches code {quantizer.top_code}; 8 bits hold 255: the plan is damaged"
+            f"{where}: an OPT-m quantizer of {quantizer.bits} bits with {quantizer.low_codes} low codes, then "
+            f"{regions}, has {held} codes and reaches code {quantizer.top_code}; {2**quantizer.bits} codes, none above "
+            "255, and rising steps are needed: the plan is damaged"
         )
-    if quantizer.split < 0 or quantizer.split % 2**quantizer.m:
-        raise PlanError(
-            f"{where}: the regions meet at {quantizer.split}Δ, which is not a multiple of 2^{quantizer.m} from 0 on; "
-            "the plan is damaged"
-        )
+    for region, split in zip(quantizer.upper, quantizer.splits, strict=True):
+        if split < 0 or split % 2**region.m:
+            raise PlanError(
+                f"{where}: the regions meet at {split}Δ, which is not a multiple of 2^{region.m} from 0 on; "
+                "the plan is damaged"
+            )
 
 
 def _bottom(signed: bool) -> int:

@@ -33,7 +33,8 @@ from mptqc.graph.match import (
     match_linear_output,
     site_of,
 )
-from mptqc.plan import Refusal, TensorKind
+from mptqc.plan import Refusal
+from mptqc.recipe import TensorKind
 
 REFUSED = "full coverage"
 """What a `Refusal` of a tensor is about."""

@@ -6,13 +6,15 @@ float function here and then `quantize_codes`.
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import pairwise
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.plan import ActivationQuantizer, TwoRegion
+from mptqc.plan import ActivationQuantizer, MultiRegion
 
+CodeAttribute: TypeAlias = float | int | tuple[int, ...]
 Number = TypeVar("Number", bound=np.generic)
 Float = TypeVar("Float", np.float32, np.float16)
 
@@ -44,42 +46,40 @@ Relative to max(p, 2^−20): a larger p has a score within 14 of the row's large
 class CodeQuantizer:
     """The attributes `<prefix>_scale, _zero_point, _minimum, _maximum, _m, _split` of an operator.
 
-    m = 0    code = clip(zero_point + round(x/Δ), minimum, maximum)
-    m > 0    code = zero_point + clip(round(x/Δ), minimum − zero_point, split)
-                    + 2^m·(clip(round(x/(2^m·Δ)), j, j + n2) − j),
-             j = split/2^m, n2 = (maximum − zero_point − split)/2^m
+    code = zero_point + clip(round(x/Δ), minimum − zero_point, T₁)
+                      + Σᵢ 2^mᵢ·(clip(round(x/(2^mᵢ·Δ)), Tᵢ/2^mᵢ, Tᵢ₊₁/2^mᵢ) − Tᵢ/2^mᵢ)
+
+    m and split = T hold one number for each upper region; T behind the last is maximum − zero_point.
     """
 
     scale: float
     zero_point: int
     minimum: int = 0
     maximum: int = 255
-    m: int = 0
-    split: int = 0
+    m: tuple[int, ...] = ()
+    split: tuple[int, ...] = ()
 
-    def attributes(self, prefix: str) -> dict[str, float | int]:
+    def attributes(self, prefix: str) -> dict[str, CodeAttribute]:
         """The ONNX attributes, by name."""
         return {f"{prefix}_{name}": value for name, value in vars(self).items()}
 
 
 def code_quantizer(quantizer: ActivationQuantizer) -> CodeQuantizer:
     """The quantizer of a plan as an operator's attributes: the same codes as `reference.quantizers.quantize`."""
-    if isinstance(quantizer, TwoRegion):
-        return CodeQuantizer(quantizer.scale, quantizer.zero_point, 0, quantizer.top_code, quantizer.m, quantizer.split)
+    if isinstance(quantizer, MultiRegion):
+        m = tuple(region.m for region in quantizer.upper)
+        return CodeQuantizer(quantizer.scale, quantizer.zero_point, 0, quantizer.top_code, m, quantizer.splits)
     return CodeQuantizer(quantizer.scale, quantizer.zero_point, 0, 2**quantizer.bits - 1)
 
 
 def quantize_codes(quantizer: CodeQuantizer, x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Codes of x, uint8, x's shape. Division is float32, rounding to nearest, ties to even."""
-    zero_point, coarse = quantizer.zero_point, 2**quantizer.m
-    low_limit, high_limit = quantizer.minimum - zero_point, quantizer.maximum - zero_point
-    if quantizer.m == 0:
-        uniform: NDArray[np.float32] = np.clip(_round(x, quantizer.scale), low_limit, high_limit) + zero_point
-        return uniform.astype(np.uint8)
-    first, last = quantizer.split // coarse, quantizer.split // coarse + (high_limit - quantizer.split) // coarse
-    low = np.clip(_round(x, quantizer.scale), low_limit, quantizer.split)
-    high = np.clip(_round(x, quantizer.scale * coarse), first, last) - first
-    codes: NDArray[np.float32] = low + coarse * high + zero_point
+    ends = [*quantizer.split, quantizer.maximum - quantizer.zero_point]
+    lowest = quantizer.minimum - quantizer.zero_point
+    codes = np.clip(_round(x, quantizer.scale), lowest, ends[0]) + quantizer.zero_point
+    for m, (first, last) in zip(quantizer.m, pairwise(ends), strict=True):
+        step = 2**m
+        codes += step * np.clip(_round(x, quantizer.scale * step), first // step, last // step) - first
     return codes.astype(np.uint8)
 
 

@@ -6,7 +6,7 @@ Rounding is ONNX's QuantizeLinear: float32 division, to nearest, ties to even.
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, MultiRegion, Uniform
 
 
 def quantize(quantizer: ActivationQuantizer, x: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -15,15 +15,15 @@ def quantize(quantizer: ActivationQuantizer, x: NDArray[np.float32]) -> NDArray[
         codes = _round(x, quantizer.scale) + quantizer.zero_point
         clipped: NDArray[np.float32] = np.clip(codes, 0, 2**quantizer.bits - 1)
         return clipped.astype(np.int32)
-    return _quantize_two_region(quantizer, x)
+    return _quantize_regions(quantizer, x)
 
 
-def _quantize_two_region(quantizer: TwoRegion, x: NDArray[np.float32]) -> NDArray[np.int32]:
-    coarse = 2**quantizer.m
-    first = quantizer.split // coarse
-    low = np.clip(_round(x, quantizer.scale), -quantizer.zero_point, quantizer.split)
-    high = np.clip(_round(x, quantizer.scale * coarse), first, first + quantizer.high_codes) - first
-    codes: NDArray[np.float32] = low + coarse * high + quantizer.zero_point
+def _quantize_regions(quantizer: MultiRegion, x: NDArray[np.float32]) -> NDArray[np.int32]:
+    codes = np.clip(_round(x, quantizer.scale), -quantizer.zero_point, quantizer.splits[0]) + quantizer.zero_point
+    for region, split in zip(quantizer.upper, quantizer.splits, strict=True):
+        step = 2**region.m
+        first = split // step
+        codes += step * (np.clip(_round(x, quantizer.scale * step), first, first + region.codes) - first)
     return codes.astype(np.int32)
 
 

@@ -40,6 +40,17 @@ def test_a_budget_opens_the_limits_and_sites_stay_fixed(block):
     assert found["block00.attention/v"].widths == (4, 5, 6, 7, 8)
 
 
+def test_a_kind_of_activation_may_have_limits_of_its_own(block):
+    limits = {"activation": (4, 6), "kinds": {"p": (5, 8), "input": (3, 3), "gelu-input": (6, 7)}}
+    found = variables_of(block(), budget=BUDGET, bit_limits=limits, coverage="full")
+    assert found["block00.attention/p"].widths == (5, 6, 7, 8)
+    assert found["block00.attention/q"].widths == (4, 5, 6)
+    assert found["block00.fc2/input"].widths == (3,)
+    tensors = {name: variable.widths for name, variable in found.items() if name.endswith("/tensor")}
+    assert (6, 7) in tensors.values()
+    assert set(tensors.values()) == {(6, 7), (4, 5, 6)}
+
+
 def test_what_the_budget_leaves_free_keeps_the_recipes_bits(block):
     found = variables_of(block(), budget={"average_weight_bits": 4}, activation_bits=6)
     assert {variable.widths for variable in found.values() if variable.kind is Kind.ACTIVATION} == {(6,)}

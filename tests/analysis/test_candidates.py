@@ -2,20 +2,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantizers import opt_m
 
 from mptqc.analysis.candidates import (
     EXTREME_POINTS,
     RANDOM_POINTS,
     Points,
+    divisions_of,
     element_error,
-    largest_m,
     neighbours,
     points_of,
-    two_region_candidates,
+    region_candidates,
     uniform,
     uniform_candidates,
 )
-from mptqc.plan import TwoRegion, Uniform
+from mptqc.graph.quantizer_nodes import check_quantizer
+from mptqc.plan import MultiRegion, Uniform
 from mptqc.reference.quantizers import fake_quantize
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -48,16 +50,25 @@ KINDS = st.sampled_from(["gelu", "softmax", "normal", "negative", "constant", "z
 
 
 @settings(max_examples=25, deadline=None)
-@given(KINDS, SEEDS, st.integers(3, 8))
-def test_two_regions_always_fit_eight_bits_and_meet_on_the_coarse_grid(kind, seed, bits):
-    for scored in two_region_candidates(points(distribution(kind, seed)), bits):
+@given(KINDS, SEEDS, st.integers(3, 8), st.integers(2, 4))
+def test_regions_fit_eight_bits_and_meet_on_their_grids(kind, seed, bits, regions):
+    for scored in region_candidates(points(distribution(kind, seed)), bits, regions):
         quantizer = scored.quantizer
-        assert isinstance(quantizer, TwoRegion)
-        assert quantizer.top_code <= 255
-        assert quantizer.split >= 0
-        assert quantizer.split % 2**quantizer.m == 0
-        assert 1 <= quantizer.low_codes < 2**bits
-        assert quantizer.high_codes >= 1
+        assert isinstance(quantizer, MultiRegion)
+        assert 1 <= len(quantizer.upper) < regions
+        check_quantizer(quantizer, "here")
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize("below_zero", [False, True])
+def test_every_division_is_sound_and_listed_once(bits, below_zero):
+    for m, divisions in divisions_of(bits, 4, below_zero=below_zero).items():
+        assert len(set(divisions)) == len(divisions)
+        for division in divisions:
+            quantizer = division.quantizer(bits, m, 1.0)
+            check_quantizer(quantizer, "here")
+            levels = np.unique(fake_quantize(quantizer, np.arange(-300, 600, 0.5, dtype=np.float32)))
+            assert np.array_equal(levels, division.codes(m))
 
 
 @settings(max_examples=25, deadline=None)
@@ -73,10 +84,12 @@ def test_uniform_codes_fit_their_bits_and_zero_is_exact(kind, seed, bits):
 @given(KINDS, SEEDS, st.integers(3, 8))
 def test_candidates_come_best_first_with_their_own_error(kind, seed, bits):
     data = points(distribution(kind, seed))
-    for candidates in (uniform_candidates(data, bits), two_region_candidates(data, bits)):
+    for candidates in (uniform_candidates(data, bits), region_candidates(data, bits, 4)):
         errors = [scored.error for scored in candidates]
         assert errors == sorted(errors)
-        assert errors == [element_error(scored.quantizer, data) for scored in candidates]
+        power = float(data.weights @ data.values.astype(np.float64) ** 2 / data.weights.sum())
+        exact = [element_error(scored.quantizer, data) for scored in candidates]
+        assert errors == pytest.approx(exact, rel=1e-4, abs=1e-6 * power)
 
 
 @settings(max_examples=25, deadline=None)
@@ -84,7 +97,7 @@ def test_candidates_come_best_first_with_their_own_error(kind, seed, bits):
 def test_the_best_uniform_is_never_worse_than_min_max(kind, seed, bits):
     data = points(distribution(kind, seed))
     full = element_error(uniform(bits, data.low, data.high), data)
-    assert uniform_candidates(data, bits)[0].error <= full
+    assert element_error(uniform_candidates(data, bits)[0].quantizer, data) <= full * (1 + 1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -106,26 +119,20 @@ def test_element_error_is_the_weighted_mean_square(seed, bits):
 @pytest.mark.parametrize("kind", ["gelu", "softmax"])
 def test_two_regions_beat_uniform_on_a_long_tail(kind, bits):
     data = points(distribution(kind, 3))
-    assert two_region_candidates(data, bits)[0].error < uniform_candidates(data, bits)[0].error
+    assert region_candidates(data, bits, 2)[0].error < uniform_candidates(data, bits)[0].error
 
 
 def test_uniform_beats_two_regions_on_even_data():
     data = points(np.linspace(-1, 1, 1000))
-    assert uniform_candidates(data, 4)[0].error < two_region_candidates(data, 4)[0].error
+    assert uniform_candidates(data, 4)[0].error < region_candidates(data, 4, 4)[0].error
 
 
 def test_two_bits_have_no_second_region():
-    assert two_region_candidates(points(gelu_like(0)), 2) == []
+    assert region_candidates(points(gelu_like(0)), 2, 4) == []
 
 
 def test_nothing_above_zero_has_no_second_region():
-    assert two_region_candidates(points(distribution("negative", 0)), 4) == []
-
-
-@pytest.mark.parametrize(("bits", "m"), [(2, 0), (3, 5), (4, 5), (5, 4), (6, 3), (7, 2), (8, 1)])
-def test_largest_m_keeps_an_even_split_in_eight_bits(bits, m):
-    assert largest_m(bits) == m
-    assert m == 0 or (2 ** (bits - 1) - 1) * 2**m <= 255
+    assert region_candidates(points(distribution("negative", 0)), 4, 4) == []
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (0.0, 3.0), (-3.0, 0.0), (-1e-20, 1e-20), (0.0, 0.0)])
@@ -136,10 +143,12 @@ def test_uniform_spans_its_range(low, high):
 
 
 def test_neighbours_keep_the_structure():
-    two = TwoRegion(bits=4, scale=0.1, zero_point=1, m=3, low_codes=10)
-    assert len(neighbours(two)) == 6
-    for near in neighbours(two):
-        assert near.model_copy(update={"scale": 0.1}) == two
+    two = opt_m(bits=4, scale=0.1, zero_point=1, m=3, low_codes=10)
+    near = neighbours(two)
+    assert len({one.scale for one in near}) == 7
+    assert {(one.zero_point, one.splits) for one in near} == {(0, (8,)), (1, (8,)), (2, (8,))}
+    for one in near:
+        check_quantizer(one, "here")
 
 
 @pytest.mark.parametrize(("zero_point", "expected"), [(0, set()), (1, {0, 2}), (15, {14})])

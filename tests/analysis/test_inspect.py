@@ -48,7 +48,7 @@ def test_a_linear_shows_its_quantizer_and_its_smoothing(block: MakeModel, block_
     q, fc2 = rows["block00.q"], rows["block00.fc2"]
     assert (q.weight_bits, q.activation_bits, q.quantizer, q.alpha) == (3, 5, "uniform", 0.85)
     assert (q.scale, q.zero_point, q.m, q.weight_bytes) == (6 / 32, 16, None, 12 * 12 * 3 // 8)
-    assert (fc2.quantizer, fc2.m, fc2.split, fc2.low_codes, fc2.alpha) == ("two-region", 2, 4, 6, None)
+    assert (fc2.quantizer, fc2.m, fc2.split, fc2.low_codes, fc2.alpha) == ("multi-region", (2,), (4,), 6, None)
 
 
 def test_totals_add_up(block: MakeModel, block_plan: MakePlan, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def allocated(made, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("allocator", ["greedy", "greedy-in-place", "exact"])
+@pytest.mark.parametrize("allocator", ["greedy", "greedy-compensated", "greedy-in-place", "exact"])
 def test_both_averages_are_kept_and_nearly_used(bench, allocator):
     if allocator == "exact":
         pytest.importorskip("scipy")
@@ -33,6 +33,19 @@ def test_both_averages_are_kept_and_nearly_used(bench, allocator):
     bits = bits_of(plan, made.variables)
     for kind in Kind:
         assert 3.3 < average_of(plan.elements, bits, kind) <= 3.5
+
+
+def test_greedy_compensated_measures_gptqs_codes_and_keeps_none_but_the_chosen(bench):
+    made = bench(allocator="greedy-compensated")
+    site = made.plan.layers[0].site
+    trials = {key for key in made.plan.arrays if key.startswith(f"{site}/weight_codes/")}
+    assert trials == {f"{site}/weight_codes/{bits}" for bits in (2, 3, 4)}
+    plan = allocated(made)
+    assert not any("/weight_codes/" in key for key in plan.arrays)
+    for layer in plan.layers:
+        chosen = made.plan.arrays[f"{layer.site}/weight_codes/{layer.weight_bits}"]
+        assert np.array_equal(plan.arrays[f"{layer.site}/weight_codes"], chosen)
+    assert f"{site}/weight_codes" not in allocated(bench()).arrays
 
 
 @pytest.mark.parametrize("coverage", ["partial", "full"])

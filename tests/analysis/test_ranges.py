@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mptqc.analysis.candidates import element_error, points_of, uniform
 from mptqc.analysis.observe import Rows, Slices
 from mptqc.analysis.ranges import attention_searches, linear_input_search, output_factor, search_quantizer
-from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, MultiRegion, Uniform
 from mptqc.recipe import RangeMethod
 from mptqc.reference.quantizers import fake_quantize
 
@@ -41,12 +41,12 @@ def long_tailed(seed: int) -> Array:
 
 
 @settings(max_examples=15, deadline=None)
-@given(SEEDS, st.integers(2, 8), st.booleans())
-def test_the_search_by_output_is_never_worse_than_min_max(seed, bits, two_regions):
+@given(SEEDS, st.integers(2, 8), st.integers(1, 4))
+def test_the_search_by_output_is_never_worse_than_min_max(seed, bits, regions):
     random = np.random.default_rng(seed)
     rows = rows_of(random.standard_t(3, size=(100, 8)) * 10 ** random.uniform(-1, 1, 8), random.uniform(1, 50, 100))
     weights = [random.normal(size=(8, width)).astype(np.float32) for width in (3, 12)]
-    found = linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=two_regions, seed=0)(bits)
+    found = linear_input_search(rows, weights, RangeMethod.OUTPUT, regions=regions, seed=0)(bits)
     assert linear_error(found, rows, weights) <= linear_error(min_max(rows, bits), rows, weights) * ROUNDING
 
 
@@ -54,7 +54,7 @@ def test_the_search_by_output_is_never_worse_than_min_max(seed, bits, two_region
 @given(SEEDS, st.integers(2, 8))
 def test_the_search_by_elements_is_never_worse_than_min_max(seed, bits):
     points = points_of(long_tailed(seed).astype(np.float32), None, -0.2, 60.0, 0)
-    found = search_quantizer(points, bits, RangeMethod.MSE, two_regions=True, output_error=never)
+    found = search_quantizer(points, bits, RangeMethod.MSE, regions=4, output_error=never)
     assert element_error(found, points) <= element_error(uniform(bits, points.low, points.high), points)
 
 
@@ -67,19 +67,41 @@ def test_a_long_tail_gets_two_regions_and_gains(bits):
     rows = rows_of(long_tailed(1))
     weights = [np.random.default_rng(2).normal(size=(12, 12)).astype(np.float32)]
     plain, two = (
-        linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=allowed, seed=0)(bits)
-        for allowed in (False, True)
+        linear_input_search(rows, weights, RangeMethod.OUTPUT, regions=allowed, seed=0)(bits) for allowed in (1, 2)
     )
     assert isinstance(plain, Uniform)
-    assert isinstance(two, TwoRegion)
-    assert two.m >= 1
+    assert isinstance(two, MultiRegion)
+    assert len(two.upper) == 1
     assert linear_error(two, rows, weights) < 0.8 * linear_error(plain, rows, weights)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_more_regions_gain_on_a_long_tail(bits):
+    rows = rows_of(long_tailed(1))
+    weights = [np.random.default_rng(2).normal(size=(12, 12)).astype(np.float32)]
+    two, four = (
+        linear_input_search(rows, weights, RangeMethod.OUTPUT, regions=regions, seed=0)(bits) for regions in (2, 4)
+    )
+    assert isinstance(four, MultiRegion)
+    assert len(four.upper) >= 2
+    assert linear_error(four, rows, weights) < 0.9 * linear_error(two, rows, weights)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(1.0, 0), (1.09, 0), (1.11, 3)])
+def test_each_region_more_must_divide_the_error_by_its_worth(gain, expected):
+    points = points_of(long_tailed(1).astype(np.float32), None, -0.2, 60.0, 0)
+
+    def error(quantizer: ActivationQuantizer) -> float:
+        return gain ** -len(getattr(quantizer, "upper", ()))
+
+    found = search_quantizer(points, 4, RangeMethod.OUTPUT, regions=4, output_error=error)
+    assert len(getattr(found, "upper", ())) == expected
 
 
 def test_even_data_stays_uniform():
     rows = rows_of(np.random.default_rng(0).uniform(0, 1, (300, 8)))
     weights = [np.eye(8, dtype=np.float32)]
-    found = linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=True, seed=0)(4)
+    found = linear_input_search(rows, weights, RangeMethod.OUTPUT, regions=4, seed=0)(4)
     assert isinstance(found, Uniform)
 
 
@@ -89,7 +111,7 @@ def test_the_output_decides_not_the_elements():
     values[:, 1] *= 6
     rows, blind = rows_of(values), np.array([[1.0], [0.0]], np.float32)
     by_output, by_element = (
-        linear_input_search(rows, [blind], method, two_regions=False, seed=0)(4)
+        linear_input_search(rows, [blind], method, regions=1, seed=0)(4)
         for method in (RangeMethod.OUTPUT, RangeMethod.MSE)
     )
     assert by_output.scale < by_element.scale / 2
@@ -97,7 +119,7 @@ def test_the_output_decides_not_the_elements():
 
 def test_min_max_spans_all_the_data_not_only_the_sample():
     rows = Rows(np.ones((4, 2), np.float32), np.ones(4, np.float32), np.array([-3.0, 0]), np.array([1.0, 12.0]))
-    found = linear_input_search(rows, [np.eye(2, dtype=np.float32)], RangeMethod.MIN_MAX, two_regions=False, seed=0)(8)
+    found = linear_input_search(rows, [np.eye(2, dtype=np.float32)], RangeMethod.MIN_MAX, regions=1, seed=0)(8)
     assert found == uniform(8, -3.0, 12.0)
 
 
@@ -105,21 +127,21 @@ def test_percentile_leaves_the_outermost_values_out():
     values = np.random.default_rng(0).uniform(0, 1, 30_000).astype(np.float32)
     values[7] = 1e6
     points = points_of(values.reshape(-1, 1), np.full(30_000, 100, np.float32), 0.0, 1e6, 0)
-    found = search_quantizer(points, 8, RangeMethod.PERCENTILE, two_regions=False, output_error=never)
+    found = search_quantizer(points, 8, RangeMethod.PERCENTILE, regions=1, output_error=never)
     assert found.scale * 255 == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize("method", RangeMethod)
 def test_without_opt_m_every_method_stays_uniform(method):
     rows = rows_of(long_tailed(1))
-    found = linear_input_search(rows, [np.eye(12, dtype=np.float32)], method, two_regions=False, seed=0)(4)
+    found = linear_input_search(rows, [np.eye(12, dtype=np.float32)], method, regions=1, seed=0)(4)
     assert isinstance(found, Uniform)
     assert found.bits == 4
 
 
 def test_the_same_seed_finds_the_same():
     rows, weights = rows_of(long_tailed(1)), [np.eye(12, dtype=np.float32)]
-    one, two = (linear_input_search(rows, weights, RangeMethod.OUTPUT, two_regions=True, seed=3)(4) for _ in range(2))
+    one, two = (linear_input_search(rows, weights, RangeMethod.OUTPUT, regions=4, seed=3)(4) for _ in range(2))
     assert one == two
 
 
@@ -129,7 +151,7 @@ def test_rows_that_stand_for_many_count_more():
     light = np.concatenate([np.ones(200), [1e-3]])
     scales = [
         linear_input_search(
-            rows_of(values, weights), [np.ones((1, 1), np.float32)], RangeMethod.OUTPUT, two_regions=False, seed=0
+            rows_of(values, weights), [np.ones((1, 1), np.float32)], RangeMethod.OUTPUT, regions=1, seed=0
         )(4).scale
         for weights in (heavy, light)
     ]
@@ -177,7 +199,7 @@ def product_errors(letter: str, quantizer: ActivationQuantizer, slices: Slices) 
 @given(SEEDS, st.integers(3, 8))
 def test_every_operand_is_no_worse_than_min_max_in_its_product(seed, bits):
     slices = slices_of(seed)
-    searches = attention_searches(slices, RangeMethod.OUTPUT, two_regions=True, seed=0)
+    searches = attention_searches(slices, RangeMethod.OUTPUT, regions=4, seed=0)
     for letter in "qkpv":
         values = getattr(slices, letter)
         full = uniform(bits, min(float(values.min()), 0.0), max(float(values.max()), 0.0))
@@ -186,11 +208,11 @@ def test_every_operand_is_no_worse_than_min_max_in_its_product(seed, bits):
         assert product_errors(letter, searches[letter](bits), slices) <= limit, letter
 
 
-def test_only_probabilities_may_have_two_regions():
-    searches = attention_searches(slices_of(0), RangeMethod.OUTPUT, two_regions=True, seed=0)
-    assert isinstance(searches["p"](4), TwoRegion)
+def test_only_probabilities_may_have_several_regions():
+    searches = attention_searches(slices_of(1), RangeMethod.OUTPUT, regions=4, seed=0)
+    assert isinstance(searches["p"](4), MultiRegion)
     assert all(isinstance(searches[letter](4), Uniform) for letter in "qkv")
-    plain = attention_searches(slices_of(0), RangeMethod.OUTPUT, two_regions=False, seed=0)
+    plain = attention_searches(slices_of(1), RangeMethod.OUTPUT, regions=1, seed=0)
     assert isinstance(plain["p"](4), Uniform)
 
 
@@ -198,5 +220,5 @@ def test_what_softmax_cannot_see_does_not_count():
     """A constant added to all keys changes each row of scores by a constant, so k's quantizer answers for the rest."""
     slices = slices_of(0)
     keys = Slices(slices.q, slices.k * np.float32(0.01) + np.float32(0.5), slices.p, slices.v, slices.heads)
-    found = attention_searches(keys, RangeMethod.OUTPUT, two_regions=False, seed=0)["k"](8)
+    found = attention_searches(keys, RangeMethod.OUTPUT, regions=1, seed=0)["k"](8)
     assert product_errors("k", found, keys) < product_errors("k", uniform(8, 0.0, float(keys.k.max())), keys) * 1.0001

@@ -67,7 +67,7 @@ def test_an_attention_in_portable_form_is_checked_too(native: MakeNative) -> Non
         ("LayerNormQuantize", ir.AttrFloat32("output_scale", 0.2)),
         ("LinearQuantize", ir.AttrFloat32("input_scale", 0.2)),
         ("AttentionQuantize", ir.AttrFloat32("p_scale", 0.01)),
-        ("AttentionQuantize", ir.AttrInt64("p_split", 8)),
+        ("AttentionQuantize", ir.AttrInt64s("p_split", [8])),
     ],
 )
 def test_a_changed_attribute_is_found(native: MakeNative, op_type: str, attribute: ir.Attr) -> None:

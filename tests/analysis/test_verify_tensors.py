@@ -14,8 +14,8 @@ from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
 from mptqc.passes.quantize_tensors import QuantizeTensors
-from mptqc.plan import QuantPlan, TensorKind, TensorPlan, Uniform
-from mptqc.recipe import Target
+from mptqc.plan import QuantPlan, TensorPlan, Uniform
+from mptqc.recipe import Target, TensorKind
 
 MakeModel = Callable[[], ir.Model]
 MakePlan = Callable[..., QuantPlan]

@@ -3,17 +3,18 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from quantizers import FOUR_REGIONS, opt_m
 
 from mptqc.analysis.candidates import uniform
 from mptqc.analysis.widths import at_bits, bits_of, quantizer_array, quantizers_of, without
 from mptqc.errors import PlanError
-from mptqc.plan import TwoRegion
 
 
 @given(st.floats(-5, -0.125, width=32), st.floats(0.125, 100, width=32))
 def test_quantizers_survive_the_array(low, high):
     quantizers = {bits: uniform(bits, low, high) for bits in range(2, 9)}
-    quantizers[4] = TwoRegion(bits=4, scale=quantizers[4].scale, zero_point=1, m=3, low_codes=10)
+    quantizers[4] = opt_m(bits=4, scale=quantizers[4].scale, zero_point=1, m=3, low_codes=10)
+    quantizers[5] = FOUR_REGIONS.model_copy(update={"bits": 5, "scale": quantizers[5].scale})
     assert quantizers_of(quantizer_array(quantizers)) == quantizers
 
 

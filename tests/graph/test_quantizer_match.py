@@ -1,11 +1,12 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from quantizers import FOUR_REGIONS, THREE_REGIONS, opt_m
 
 from mptqc.graph.edit import Builder
 from mptqc.graph.quantizer_match import SIGNED_OFFSET, emit_unsigned, match_quantizer, match_reader, quantizers_of
 from mptqc.graph.quantizer_nodes import Operand, emit_quantizer
-from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, Uniform
 from mptqc.reference.custom_ops import quantize_codes
 from mptqc.reference.quantizers import quantize
 from mptqc.runtime.session import create_session
@@ -19,8 +20,10 @@ X = np.concatenate([np.linspace(-9, 9, 4001), np.random.default_rng(0).normal(si
 QUANTIZERS: list[ActivationQuantizer] = [
     *(Uniform(bits=bits, scale=4 / 2**bits, zero_point=2**bits // 3) for bits in range(2, 9)),
     Uniform(bits=4, scale=0.2, zero_point=0),
-    *(TwoRegion(bits=4, scale=0.05, zero_point=zero, m=3, low_codes=zero + 1 + 8) for zero in (0, 1, 3)),
-    TwoRegion(bits=5, scale=0.02, zero_point=2, m=2, low_codes=3),
+    *(opt_m(bits=4, scale=0.05, zero_point=zero, m=3, low_codes=zero + 1 + 8) for zero in (0, 1, 3)),
+    THREE_REGIONS,
+    FOUR_REGIONS,
+    opt_m(bits=5, scale=0.02, zero_point=2, m=2, low_codes=3),
 ]
 
 
@@ -70,7 +73,7 @@ def test_a_value_read_by_something_else_too_has_no_list_of_quantizers() -> None:
     assert [each.codes for each in quantizers_of(first.outputs[0]) or []] == [codes]
 
 
-@pytest.mark.parametrize("quantizer", [QUANTIZERS[2], QUANTIZERS[6], QUANTIZERS[-1]], ids=str)
+@pytest.mark.parametrize("quantizer", [QUANTIZERS[2], QUANTIZERS[6], *QUANTIZERS[-3:]], ids=str)
 def test_codes_that_are_opened_again_are_matched_from_their_first_node(quantizer: ActivationQuantizer) -> None:
     model, codes = quantized(quantizer, signed=False, operation="Neg")
     first, last = model.graph[0], model.graph[-1]

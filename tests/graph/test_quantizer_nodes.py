@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quantizers import FOUR_REGIONS, THREE_REGIONS, opt_m
 
+from mptqc.analysis.candidates import divisions_of
 from mptqc.errors import PlanError
 from mptqc.graph.edit import Builder, constant_of
 from mptqc.graph.io import serialize
 from mptqc.graph.quantizer_nodes import Operand, check_quantizer, emit_quantizer
-from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, MultiRegion, Uniform
 from mptqc.reference.quantizers import quantize
+from mptqc.runtime.fused_ops import optimized_op_counts
 from mptqc.runtime.session import create_session
 
 # Integers, not st.floats: hypothesis refuses to make floats once a session flushes denormals to zero in this thread.
@@ -30,30 +33,20 @@ def uniform(draw: st.DrawFn) -> Uniform:
     return Uniform(bits=bits, scale=draw(SCALES), zero_point=draw(st.integers(0, 2**bits - 1)))
 
 
-def all_two_regions() -> list[tuple[int, int, int, int]]:
-    """Every (bits, zero point, m, low codes) that fits 8 bits."""
-    found = []
-    for bits in range(2, 9):
-        for m in range(1, 8):
-            for zero_point in range(2**bits):
-                for low_codes in range(zero_point + 1, 2**bits, 2**m):
-                    top = low_codes - 1 + (2**bits - low_codes) * 2**m
-                    if top <= 255:
-                        found.append((bits, zero_point, m, low_codes))
-    return found
-
-
 @st.composite
-def two_region(draw: st.DrawFn) -> TwoRegion:
-    bits, zero_point, m, low_codes = draw(st.sampled_from(all_two_regions()))
-    return TwoRegion(bits=bits, scale=draw(SCALES), zero_point=zero_point, m=m, low_codes=low_codes)
+def regions(draw: st.DrawFn) -> MultiRegion:
+    """Two to four regions that meet on their grids and fit 8 bits."""
+    bits, below_zero = draw(st.integers(3, 7)), draw(st.booleans())
+    divisions = divisions_of(bits, 4, below_zero=below_zero)
+    m = draw(st.sampled_from(sorted(divisions)))
+    return draw(st.sampled_from(divisions[m])).quantizer(bits, m, draw(SCALES))
 
 
 def hard_values(quantizer: ActivationQuantizer) -> NDArray[np.float32]:
-    """Every code's centre and tie in both regions, values next to them, and far outside; float32."""
-    coarse = quantizer.scale * 2 ** (quantizer.m if isinstance(quantizer, TwoRegion) else 0)
-    steps = np.arange(-300, 600, dtype=np.float64) / 2
-    values = np.concatenate([steps * quantizer.scale, steps * coarse]).astype(np.float32)
+    """Every code's centre and tie in each region, values next to them, and far outside; float32."""
+    coarse = [2**region.m for region in quantizer.upper] if isinstance(quantizer, MultiRegion) else []
+    steps = np.arange(-300, 600, dtype=np.float64) / 2 * quantizer.scale
+    values = np.concatenate([steps * step for step in (1, *coarse)]).astype(np.float32)
     around = np.concatenate([values, np.nextafter(values, np.float32(np.inf)), np.nextafter(values, np.float32(-1e9))])
     return np.concatenate([around, np.array([0.0, -0.0, 1e30, -1e30, 1e-30], np.float32)])
 
@@ -81,7 +74,7 @@ def run(model: bytes, x: NDArray[np.float32], *, optimized: bool = True) -> list
 
 
 @settings(max_examples=60, deadline=None)
-@given(quantizer=st.one_of(uniform(), two_region()), signed=st.booleans(), optimized=st.booleans())
+@given(quantizer=st.one_of(uniform(), regions()), signed=st.booleans(), optimized=st.booleans())
 def test_codes_equal_the_reference(quantizer: ActivationQuantizer, signed: bool, optimized: bool) -> None:
     model, zero_point = quantizer_model(quantizer, signed=signed)
     x = hard_values(quantizer)[None]
@@ -92,7 +85,7 @@ def test_codes_equal_the_reference(quantizer: ActivationQuantizer, signed: bool,
 
 
 @settings(max_examples=40, deadline=None)
-@given(quantizer=st.one_of(uniform(), two_region()), producer=st.sampled_from(["Softmax", "Gelu", "Relu", "Sigmoid"]))
+@given(quantizer=st.one_of(uniform(), regions()), producer=st.sampled_from(["Softmax", "Gelu", "Relu", "Sigmoid"]))
 def test_codes_equal_the_reference_behind_ops_with_a_lower_bound(quantizer: ActivationQuantizer, producer: str) -> None:
     model, zero_point = quantizer_model(quantizer, signed=False, producer=producer)
     generator = np.random.default_rng(quantizer.bits)
@@ -131,18 +124,26 @@ def test_unbounded_values_at_four_bits_are_clipped() -> None:
 
 
 def test_two_regions_after_softmax_need_one_clip() -> None:
-    quantizer = TwoRegion(bits=4, scale=0.01, zero_point=0, m=3, low_codes=9)
+    quantizer = opt_m(bits=4, scale=0.01, zero_point=0, m=3, low_codes=9)
     model, _ = quantizer_model(quantizer, signed=False, producer="Softmax")
     assert op_counts(model) == {"Softmax": 1, "QuantizeLinear": 3, "Clip": 1, "DequantizeLinear": 2, "Add": 1}
+
+
+def test_each_further_region_is_three_ops_more() -> None:
+    model, _ = quantizer_model(FOUR_REGIONS, signed=False, producer="Softmax")
+    assert optimized_op_counts(model) == {"Softmax": 1, "QuantizeLinear": 4, "Clip": 3, "QLinearAdd": 3}
 
 
 @pytest.mark.parametrize(
     ("quantizer", "problem"),
     [
         (Uniform(bits=4, scale=1.0, zero_point=16), "zero point 16"),
-        (TwoRegion(bits=8, scale=1.0, zero_point=0, m=2, low_codes=5), "code 1008"),
-        (TwoRegion(bits=4, scale=1.0, zero_point=1, m=2, low_codes=5), "3Δ"),
-        (TwoRegion(bits=4, scale=1.0, zero_point=8, m=2, low_codes=5), "-4Δ"),
+        (opt_m(bits=8, scale=1.0, zero_point=0, m=2, low_codes=5), "code 1008"),
+        (opt_m(bits=4, scale=1.0, zero_point=1, m=2, low_codes=5), "3Δ"),
+        (opt_m(bits=4, scale=1.0, zero_point=8, m=2, low_codes=5), "-4Δ"),
+        (THREE_REGIONS.model_copy(update={"low_codes": 5}), "has 14 codes"),
+        (THREE_REGIONS.model_copy(update={"upper": THREE_REGIONS.upper[::-1]}), "rising steps"),
+        (FOUR_REGIONS.model_copy(update={"zero_point": 2}), "1Δ"),
     ],
 )
 def test_a_quantizer_that_does_not_fit_is_refused(quantizer: ActivationQuantizer, problem: str) -> None:

@@ -12,7 +12,7 @@ from mptqc.graph.edit import add_initializer, is_op
 from mptqc.graph.match import find_linears
 from mptqc.graph.tensors import find_tensors
 from mptqc.passes.prune_tokens import PruneTokens
-from mptqc.plan import TensorKind
+from mptqc.recipe import TensorKind
 
 MakeModel = Callable[[], ir.Model]
 ZOO = Path(__file__).parents[2] / "zoo"

@@ -29,7 +29,11 @@ std::vector<float> floats(int64_t count) {
 }
 
 mptqc_quantizer quantizer() {
-  return generator() % 2 == 0 ? mptqc_quantizer{0.05f, 100, 3, 250, 0, 0} : mptqc_quantizer{0.01f, 4, 1, 196, 3, 64};
+  switch (generator() % 3) {
+    case 0: return {0.05f, 100, 3, 250, 0, {}, {}};
+    case 1: return {0.01f, 4, 1, 196, 1, {3}, {64}};
+    default: return {0.01f, 4, 1, 196, 3, {3, 5, 6}, {64, 96, 128}};
+  }
 }
 
 int failures = 0;

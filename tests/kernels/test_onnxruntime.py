@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from mptqc.errors import ModelError
 from mptqc.reference import custom_ops as ops
@@ -15,7 +15,8 @@ from mptqc.runtime.library import ISA_VARIABLE, PATH_VARIABLE, find_library
 from mptqc.runtime.session import Session, create_session
 
 UNIFORM = ops.CodeQuantizer(0.04, 120)
-TWO_REGIONS = ops.CodeQuantizer(0.02, 9, 0, 9 + 64 + 8 * 15, 3, 64)
+TWO_REGIONS = ops.CodeQuantizer(0.02, 9, 0, 9 + 64 + 8 * 15, (3,), (64,))
+FOUR_REGIONS = ops.CodeQuantizer(0.02, 9, 2, 9 + 128 + 64, (1, 3, 6), (10, 40, 128))
 PROBABILITY = ops.CodeQuantizer(1 / 255, 0)
 SCALES = ops.AttentionScales(0.021, 117, 0.019, 133, 0.013, 126)
 TYPES = {
@@ -71,7 +72,10 @@ def native(op: str, feeds: Arrays, initializers: Arrays, attributes: dict[str, A
     """A model of one operator; `inputs` are their names in order, those fed first unless given."""
     names = inputs.split() if inputs else [*feeds, *initializers]
     node = helper.make_node(op, ["" if name == "-" else name for name in names], ["y"], domain=ops.DOMAIN, name="node")
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    node.attribute.extend(
+        helper.make_attribute(name, value, attr_type=AttributeProto.INTS if value == () else None)
+        for name, value in attributes.items()
+    )
     output = TensorProto.FLOAT if op in ("Linear", "Attention") else TensorProto.UINT8
     return bytes_of([node], feeds, initializers, output)
 
@@ -192,7 +196,7 @@ def portable_linear(quantizer: ops.CodeQuantizer | None) -> bytes:
     if quantizer is not None:
         step, zero = np.float32(quantizer.scale), quantizer.zero_point
         constants |= {
-            "s0": step, "s1": step * np.float32(8), "z0": np.uint8(255 - quantizer.split), "z1": np.uint8(0),
+            "s0": step, "s1": step * np.float32(8), "z0": np.uint8(255 - quantizer.split[0]), "z1": np.uint8(0),
             "z1_low": np.uint8(8), "z1_high": np.uint8(8 + 15), "z": np.uint8(zero),
         }  # fmt: skip
         nodes += [
@@ -231,7 +235,20 @@ MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
     "output_m": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": 1.0}),
     "output_zero_point is 256": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_zero_point": 256}),
     "scale must lie": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_scale": 0.0}),
-    "split must be": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": 2, "output_split": 6}),
+    "split must be": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": [2], "output_split": [6]}),
+    "m must rise": (
+        "LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": [3, 3], "output_split": [8, 16]}
+    ),
+    "differ in length": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": [3, 4]}),
+    "more than 3 numbers": (
+        "LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": [1, 2, 3, 4], "output_split": [0, 0, 0, 0]}
+    ),
+    "a number not between 0 and 255": (
+        "LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": [3], "output_split": [2**40]}
+    ),
+    "hold whole steps": (
+        "LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": [3, 4], "output_split": [64, 48]}
+    ),
     "minimum <= maximum": (
         "LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_minimum": 9, "output_maximum": 8}
     ),

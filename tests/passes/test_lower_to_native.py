@@ -6,6 +6,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from native_evaluator import compare_with_portable, run_native
+from quantizers import FOUR_REGIONS, opt_m
 
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.graph.edit import Builder
@@ -17,7 +18,7 @@ from mptqc.passes.lower_to_native import LowerToNative
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
-from mptqc.plan import LayerPlan, QuantPlan, Uniform
+from mptqc.plan import LayerPlan, QuantPlan, Region, Uniform
 from mptqc.recipe import Recipe
 from mptqc.reference.custom_ops import block_weight
 from mptqc.runtime.session import create_session
@@ -92,6 +93,25 @@ def test_every_operator_gives_the_portable_values(
     assert compare_with_portable(native, portable, {"x": X}) == WHOLE_BLOCK
 
 
+def test_quantizers_of_more_regions_give_the_portable_values(block: MakeModel, block_plan: MakePlan) -> None:
+    plan = block_plan(4, 4)
+    layers = tuple(
+        layer.model_copy(update={"input": FOUR_REGIONS}) if layer.site.endswith("fc2") else layer
+        for layer in plan.layers
+    )
+    probabilities = opt_m(bits=4, scale=0.01, zero_point=0, m=1, low_codes=3)
+    three = probabilities.model_copy(update={"upper": (Region(1, 7), Region(3, 6))})
+    attentions = tuple(attention.model_copy(update={"p": three}) for attention in plan.attentions)
+    portable, native = lower(block(), plan.model_copy(update={"layers": layers, "attentions": attentions}))
+    assert compare_with_portable(native, portable, {"x": X}) == WHOLE_BLOCK
+    (attention,) = (each for each in native_nodes(native) if each.op_type == "AttentionQuantize")
+    assert attention.attributes["p_m"].as_ints() == (1, 3)
+    before_fc2 = [
+        each for each in native_nodes(native) if "output_m" in each.attributes and each.attributes["output_m"].as_ints()
+    ]
+    assert [each.attributes["output_m"].as_ints() for each in before_fc2] == [(1, 2, 3)]
+
+
 def test_the_whole_runs_in_numpy(block: MakeModel, block_plan: MakePlan) -> None:
     portable, native = lower(block(), block_plan(8, 8, two_region=False))
     expected = create_session(serialize(portable), threads=1).run(None, {"x": X})[0]
@@ -107,7 +127,7 @@ def test_scores_take_their_mask_and_probabilities_two_regions(block: MakeModel, 
     mask = attention.inputs[3]
     assert mask is not None and mask.const_value is not None
     assert mask.const_value.numpy().shape == (1, 1, 7, 7)
-    assert (attention.attributes["p_m"].as_int(), attention.attributes["p_split"].as_int()) == (2, 4)
+    assert (attention.attributes["p_m"].as_ints(), attention.attributes["p_split"].as_ints()) == ((2,), (4,))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quantizers import opt_m
 
 from mptqc.errors import PlanError
 from mptqc.graph.edit import constant_of
@@ -15,7 +16,7 @@ from mptqc.graph.io import serialize
 from mptqc.graph.match import find_linears
 from mptqc.passes.base import STAGE_KEY, Stage, StageError
 from mptqc.passes.quantize_linears import QuantizeLinears
-from mptqc.plan import ActivationQuantizer, LayerPlan, QuantPlan, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, LayerPlan, MultiRegion, QuantPlan, Uniform
 from mptqc.recipe import Recipe
 from mptqc.reference.quantizers import integer_linear, quantize_weight
 from mptqc.runtime.fused_ops import optimized_op_counts
@@ -64,7 +65,7 @@ QUANTIZERS = st.one_of(
         SCALES,
         st.integers(0, 9),
     ),
-    SCALES.map(lambda scale: TwoRegion(bits=4, scale=scale, zero_point=1, m=2, low_codes=6)),
+    SCALES.map(lambda scale: opt_m(bits=4, scale=scale, zero_point=1, m=2, low_codes=6)),
 )
 
 
@@ -92,7 +93,7 @@ def test_output_equals_the_reference(smoothed: MakeSmoothed, quantizer: Activati
 
 
 @pytest.mark.parametrize("shape", ["n, 6", "3, 6", "n, 5, 6", "3, 5, 6", "n, 2, 5, 6", "3, 2, 5, 6"])
-@pytest.mark.parametrize("quantizer", [QUANTIZER, TwoRegion(bits=4, scale=0.1, zero_point=1, m=2, low_codes=6)])
+@pytest.mark.parametrize("quantizer", [QUANTIZER, opt_m(bits=4, scale=0.1, zero_point=1, m=2, low_codes=6)])
 def test_onnx_runtime_fuses_the_product_with_its_bias(
     smoothed: MakeSmoothed, shape: str, quantizer: ActivationQuantizer
 ) -> None:
@@ -101,7 +102,7 @@ def test_onnx_runtime_fuses_the_product_with_its_bias(
     counts = optimized_op_counts(serialize(model))
     assert counts["MatMulIntegerToFloat"] == 1
     assert not counts.keys() & {"MatMul", "Gemm", "MatMulInteger", "Cast", "Mul"}
-    assert ("QLinearAdd" in counts) == ("Add" in op_counts(model) and isinstance(quantizer, TwoRegion))
+    assert ("QLinearAdd" in counts) == ("Add" in op_counts(model) and isinstance(quantizer, MultiRegion))
     assert "Add" not in counts
 
 

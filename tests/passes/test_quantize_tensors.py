@@ -5,6 +5,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+from quantizers import opt_m
 
 from mptqc.analysis.observe import with_outputs
 from mptqc.errors import PlanError
@@ -14,8 +15,8 @@ from mptqc.passes.base import STAGE_KEY, Stage, StageError, run_passes
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
 from mptqc.passes.quantize_tensors import QuantizeTensors
-from mptqc.plan import ActivationQuantizer, QuantPlan, TensorKind, TensorPlan, TwoRegion, Uniform
-from mptqc.recipe import Recipe
+from mptqc.plan import ActivationQuantizer, QuantPlan, TensorPlan, Uniform
+from mptqc.recipe import Recipe, TensorKind
 from mptqc.reference.quantizers import dequantize, fake_quantize, quantize
 from mptqc.runtime.fused_ops import optimized_op_counts
 from mptqc.runtime.session import create_session
@@ -65,7 +66,7 @@ def values(model: ir.Model, names: list[str], *, optimized: bool = False) -> lis
 
 QUANTIZERS = [
     *(Uniform(bits=bits, scale=12 / 2**bits, zero_point=2 ** (bits - 1) - 1) for bits in range(2, 9)),
-    TwoRegion(bits=4, scale=0.3, zero_point=3, m=2, low_codes=8),
+    opt_m(bits=4, scale=0.3, zero_point=3, m=2, low_codes=8),
 ]
 
 

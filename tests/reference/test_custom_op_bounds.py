@@ -6,7 +6,7 @@ from mptqc.reference.custom_op_bounds import output_bounds, quantizer_of
 
 random = np.random.default_rng(3)
 OUTPUT = ops.CodeQuantizer(0.05, 120)
-P = ops.CodeQuantizer(0.004, 3, 1, 3 + 16 + 4 * 50, 2, 16)
+P = ops.CodeQuantizer(0.004, 3, 1, 3 + 16 + 4 * 50, (2,), (16,))
 SCALES = ops.AttentionScales(0.021, 117, 0.019, 133, 0.013, 126)
 X = random.standard_normal((2, 6, 20)).astype(np.float32)
 GAMMA, BETA = random.standard_normal((2, 20)).astype(np.float32)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from quantizers import FOUR_REGIONS, THREE_REGIONS, opt_m
 
-from mptqc.plan import ActivationQuantizer, TwoRegion, Uniform
+from mptqc.plan import ActivationQuantizer, Uniform
 from mptqc.reference import custom_ops as ops
 from mptqc.reference.quantizers import integer_linear, quantize
 
@@ -13,8 +14,10 @@ SCALES = ops.AttentionScales(0.02, 120, 0.03, 131, 0.01, 128)
 QUANTIZERS = [
     Uniform(bits=8, scale=0.03, zero_point=17),
     Uniform(bits=3, scale=0.4, zero_point=2),
-    TwoRegion(bits=4, scale=0.1, zero_point=1, m=2, low_codes=10),
-    TwoRegion(bits=7, scale=0.02, zero_point=0, m=1, low_codes=65),
+    opt_m(bits=4, scale=0.1, zero_point=1, m=2, low_codes=10),
+    opt_m(bits=7, scale=0.02, zero_point=0, m=1, low_codes=65),
+    THREE_REGIONS,
+    FOUR_REGIONS,
 ]
 
 
