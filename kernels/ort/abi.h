@@ -55,7 +55,7 @@ class Api {
   Status* attribute(const KernelInfo* info, const char* name, char* value, size_t* size) const {
     return call<Status*>(87, info, name, value, size);
   }
-  // `count` is the buffer's on the way in, the list's on the way out.
+  // `count` is the buffer's on the way in, the list's on the way out; of an attribute of another type it is 0.
   Status* integers(const KernelInfo* info, const char* name, int64_t* values, size_t* count) const {
     return call<Status*>(163, info, name, values, count);
   }

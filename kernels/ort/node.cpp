@@ -55,6 +55,15 @@ std::string Node::name() const {
   return name;
 }
 
+namespace {
+
+bool succeeds(Api api, Status* status) {
+  if (status != nullptr) api.release(status);
+  return status == nullptr;
+}
+
+}  // namespace
+
 float Node::number(const std::string& attribute) const {
   float value = 0;
   check(api_, api_.attribute(info_, attribute.c_str(), &value), attribute + ": ");
@@ -79,6 +88,12 @@ int64_t Node::integer(const std::string& attribute, int64_t least, int64_t most)
 std::vector<int32_t> Node::integers(const std::string& attribute, size_t most) const {
   size_t count = 0;
   check(api_, api_.integers(info_, attribute.c_str(), nullptr, &count), attribute + ": ");
+  int64_t whole = 0;
+  float number = 0;
+  if (count == 0 && (succeeds(api_, api_.attribute(info_, attribute.c_str(), &whole)) ||
+                     succeeds(api_, api_.attribute(info_, attribute.c_str(), &number)))) {
+    throw std::invalid_argument(attribute + " must be a list of integers");
+  }
   if (count > most) throw std::invalid_argument(attribute + " holds more than " + std::to_string(most) + " numbers");
   std::vector<int64_t> values(count);
   if (count > 0) check(api_, api_.integers(info_, attribute.c_str(), values.data(), &count), attribute + ": ");

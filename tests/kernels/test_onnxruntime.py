@@ -232,7 +232,8 @@ QUANTIZE = CASES["quantize"][3]
 MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
     "input_scale": ("Linear", {"A": A}, LINEAR_INPUTS, without(LINEAR, "input_scale")),
     "output_split": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, without(QUANTIZE, "output_split")),
-    "output_m": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": 1.0}),
+    "output_m must be a list": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": 1.0}),
+    "output_split must be a list": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_split": 0}),
     "output_zero_point is 256": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_zero_point": 256}),
     "scale must lie": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_scale": 0.0}),
     "split must be": ("LinearQuantize", {"A": A}, LINEAR_INPUTS, QUANTIZE | {"output_m": [2], "output_split": [6]}),
