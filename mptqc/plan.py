@@ -24,6 +24,9 @@ PLAN_FORMAT = 1
 PLAN_KEY = "mptqc.plan"
 """Where a compiled model keeps its plan's JSON (without arrays) in its metadata."""
 
+UPPER_REGIONS = 3
+"""Regions of OPT-m above the lowest, at most."""
+
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -62,7 +65,7 @@ class MultiRegion(Frozen):
     scale: Scale
     zero_point: Annotated[int, Field(ge=0, le=255)]
     low_codes: Annotated[int, Field(ge=1, le=255)]
-    upper: Annotated[tuple[Region, ...], Field(min_length=1, max_length=3)]
+    upper: Annotated[tuple[Region, ...], Field(min_length=1, max_length=UPPER_REGIONS)]
 
     @property
     def splits(self) -> tuple[int, ...]:

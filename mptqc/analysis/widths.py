@@ -13,12 +13,19 @@ from numpy.typing import NDArray
 
 from mptqc.analysis.bit_variables import OPERANDS, TENSOR, BitVariable, Kind
 from mptqc.errors import PlanError
-from mptqc.plan import ActivationQuantizer, AttentionPlan, LayerPlan, MultiRegion, QuantPlan, Region, Uniform
+from mptqc.plan import (
+    UPPER_REGIONS,
+    ActivationQuantizer,
+    AttentionPlan,
+    LayerPlan,
+    MultiRegion,
+    QuantPlan,
+    Region,
+    Uniform,
+)
 
 Arrays = Mapping[str, NDArray[np.generic]]
 QuantizersByBits = Mapping[int, ActivationQuantizer]
-
-UPPER_REGIONS = 3
 
 COMPENSATED = ("weight_codes", "bias")
 """Arrays of a site that hold for one choice of bits only."""

@@ -25,7 +25,7 @@ def compile(
         str,
         typer.Option(
             "--effort",
-            help="fast (64 images), balanced (128 images in 4 views) or best (512 images in 2 views). "
+            help="fast (64 images), balanced (128 images in 4 views) or best (512 images in 4 views). "
             "A ViT-S on 2 cores takes some 1.5 and 4 minutes; best takes longer by its images.",
         ),
     ] = "balanced",
