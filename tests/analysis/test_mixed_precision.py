@@ -69,8 +69,9 @@ def test_with_full_coverage_every_tensor_counts_and_is_lowered(bench):
 
 
 def test_patch_embedding_and_head_count_and_are_lowered(bench):
-    plan = allocated(bench(budget={"average_bits": 3.0}))
-    assert min(layer.weight_bits for layer in plan.layers if layer.site in ("patch_embed", "head")) < 4
+    plan = allocated(bench(budget={"average_weight_bits": 2.0}))
+    ends = {layer.site: layer.weight_bits for layer in plan.layers if layer.site in ("patch_embed", "head")}
+    assert ends == {"patch_embed": 2, "head": 2}
     assert {"patch_embed/weight", "patch_embed/input", "head/weight", "head/input"} <= plan.elements.keys()
 
 

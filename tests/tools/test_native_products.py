@@ -37,7 +37,7 @@ def test_other_operators_have_no_operations():
 def test_a_model_is_profiled(tmp_path, monkeypatch):
     if find_library() is None:
         pytest.skip("the kernel library was not built: no C++17 compiler")
-    attributes = {"patch_height": 2, "patch_width": 3, **CodeQuantizer(0.1, 128).attributes("output")}
+    attributes = {"patch_height": 2, "patch_width": 3, **CodeQuantizer(0.1, 0, 0, 204, (1,), (4,)).attributes("output")}
     nodes = [
         helper.make_node("QuantizePatches", ["x"], ["codes"], name="patches", domain=DOMAIN, **attributes),
         helper.make_node("MatMulInteger", ["codes", "w"], ["y"], name="product"),
