@@ -4,19 +4,10 @@ import ctypes
 
 import numpy as np
 import pytest
+from code_quantizers import PROBABILITIES, QUANTIZERS, UNIFORM
 
 from mptqc.reference import custom_ops as ops
 
-UNIFORM = ops.CodeQuantizer(0.04, 120)
-NARROW = ops.CodeQuantizer(0.31, 240, 237, 252)
-TWO_REGIONS = ops.CodeQuantizer(0.02, 9, 0, 9 + 64 + 8 * 15, (3,), (64,))
-FOUR_REGIONS = ops.CodeQuantizer(0.02, 9, 2, 9 + 128 + 64, (1, 3, 6), (10, 40, 128))
-QUANTIZERS = [UNIFORM, NARROW, TWO_REGIONS, FOUR_REGIONS]
-PROBABILITIES = [
-    ops.CodeQuantizer(1 / 255, 0),
-    ops.CodeQuantizer(0.004, 3, 1, 3 + 16 + 4 * 50, (2,), (16,)),
-    ops.CodeQuantizer(0.005, 3, 1, 3 + 128 + 16 * 4, (2, 4), (16, 128)),
-]
 SCALES = ops.AttentionScales(0.021, 117, 0.019, 133, 0.013, 126)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from code_quantizers import FOUR_REGIONS, TWO_REGIONS, UNIFORM
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from mptqc.errors import ModelError
@@ -14,9 +15,6 @@ from mptqc.reference import custom_ops as ops
 from mptqc.runtime.library import ISA_VARIABLE, PATH_VARIABLE, find_library
 from mptqc.runtime.session import Session, create_session
 
-UNIFORM = ops.CodeQuantizer(0.04, 120)
-TWO_REGIONS = ops.CodeQuantizer(0.02, 9, 0, 9 + 64 + 8 * 15, (3,), (64,))
-FOUR_REGIONS = ops.CodeQuantizer(0.02, 9, 2, 9 + 128 + 64, (1, 3, 6), (10, 40, 128))
 PROBABILITY = ops.CodeQuantizer(1 / 255, 0)
 SCALES = ops.AttentionScales(0.021, 117, 0.019, 133, 0.013, 126)
 TYPES = {
@@ -104,7 +102,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     ),
     "gelu with multiplier": (
         "LinearQuantize", {"A": A}, {**LINEAR_INPUTS, "multiplier": MULTIPLIER},
-        {**LINEAR, "activation": "gelu", **TWO_REGIONS.attributes("output")},
+        {**LINEAR, "activation": "gelu", **FOUR_REGIONS.attributes("output")},
     ),
     "attention": ("Attention", {"q": Q, "k": K, "v": V}, {}, ATTENTION),
     "attention with bias": ("Attention", {"q": Q, "k": K, "v": V}, {"bias": BIAS}, ATTENTION),
@@ -129,7 +127,8 @@ def expected(case: str, kernels: Any) -> np.ndarray:
         ),
         "quantize": lambda: kernels.linear(*linear, **LINEAR, quantizer=UNIFORM),
         "gelu": lambda: kernels.linear(
-            *linear, **(LINEAR | {"activation": "gelu"}), quantizer=TWO_REGIONS,
+            *linear, **(LINEAR | {"activation": "gelu"}),
+            quantizer=FOUR_REGIONS if "multiplier" in case else TWO_REGIONS,
             multiplier=MULTIPLIER if "multiplier" in case else None,
         ),
         "attention": lambda: kernels.attention(
