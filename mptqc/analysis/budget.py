@@ -49,12 +49,16 @@ class FileBytes:
     Attributes:
         variables: what bits are given to.
         rest: what no bits change.
-        clipping: what an activation of fewer than 8 bits takes more than one of 8: its Clip, or its second region.
+        upper: of each variable, how many regions above the lowest its quantizer has at each width; missing: none.
+        clipping: what an activation of fewer than 8 bits takes more than one of 8: its Clip.
+        region: what each upper region takes.
     """
 
     variables: tuple[BitVariable, ...]
     rest: int = 0
+    upper: tuple[Mapping[int, int], ...] = ()
     clipping: int = 0
+    region: int = 0
 
     def __call__(self, bits: Bits) -> int:
         """Bytes at a choice of bits."""
@@ -64,19 +68,28 @@ class FileBytes:
             if variable.kind is Kind.WEIGHT:
                 total += packed_bytes(variable.elements, number) + unpacking_bytes(number)
                 tables |= set(planes_of(number)) if number < MAX_BITS else set()
-            elif number < MAX_BITS:
-                total += self.clipping
+        narrow, regions = self._narrow(bits)
+        total += narrow * self.clipping + regions * self.region
         return total + sum(table_bytes(plane) for plane in tables)
 
     def fitted(self, bits: Bits, file_bytes: int) -> "FileBytes":
         """The same, right for a file of these bits that was written."""
         return replace(self, rest=self.rest + file_bytes - self(bits))
 
-    def fitted_clipping(self, bits: Bits, file_bytes: int) -> "FileBytes":
-        """The same, `clipping` chosen so that it is right for a written file with narrow activations."""
-        kinds = zip(self.variables, bits, strict=True)
-        narrow = sum(variable.kind is Kind.ACTIVATION and number < MAX_BITS for variable, number in kinds)
-        return replace(self, clipping=self.clipping + round((file_bytes - self(bits)) / max(narrow, 1)))
+    def fitted_activations(self, files: Sequence[tuple[Bits, int]]) -> "FileBytes":
+        """The same, `clipping` and `region` nearest to files with narrow activations that were written: bits, bytes."""
+        plain = replace(self, clipping=0, region=0)
+        counts = np.array([self._narrow(bits) for bits, _ in files], np.float64)
+        missing = np.array([file_bytes - plain(bits) for bits, file_bytes in files], np.float64)
+        clipping, region = np.linalg.lstsq(counts, missing, rcond=None)[0]
+        return replace(self, clipping=round(clipping), region=round(region))
+
+    def _narrow(self, bits: Bits) -> tuple[int, int]:
+        """Activations of fewer than 8 bits, and all their upper regions."""
+        narrow = [
+            at for at, variable in enumerate(self.variables) if variable.kind is Kind.ACTIVATION and bits[at] < MAX_BITS
+        ]
+        return len(narrow), sum(self.upper[at].get(bits[at], 0) for at in narrow) if self.upper else 0
 
 
 def average_bits(variables: Sequence[BitVariable], kind: Kind) -> Cost:

@@ -16,10 +16,10 @@ from mptqc.analysis.budget import FileBytes, Measure, measures_of
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.scoring import Scorer
 from mptqc.analysis.sensitivity import Measured, Problem, Quantize, make_problem
-from mptqc.analysis.widths import at_bits, bits_of, without_trials
+from mptqc.analysis.widths import at_bits, bits_of, quantizers_of, without_trials
 from mptqc.data.samples import Samples
 from mptqc.errors import BudgetError, RecipeError
-from mptqc.plan import BitPath, QuantPlan, Step
+from mptqc.plan import BitPath, MultiRegion, QuantPlan, Step
 from mptqc.recipe import Allocator, Budget, Recipe
 from mptqc.runtime.executors import open_executor
 
@@ -97,15 +97,26 @@ def allocate(
 
 
 def _fitted_bytes(variables: Sequence[BitVariable], start: Bits, plan: QuantPlan, size_of: SizeOf) -> FileBytes:
-    """The arithmetic of the file's size, fitted to two files: of the start, and with activations of half the widths."""
-    found = FileBytes(tuple(variables)).fitted(start, size_of(plan))
-    narrow = tuple(
-        variable.widths[len(variable.widths) // 2] if variable.kind is Kind.ACTIVATION else bits
-        for variable, bits in zip(variables, start, strict=True)
-    )
-    if narrow == start:
-        return found
-    return found.fitted_clipping(narrow, size_of(at_bits(plan, variables, _named(variables, narrow))))
+    """The arithmetic of the file's size, fitted to three files: the start, activations one and four bits narrower."""
+    upper = tuple(_upper_regions(plan, variable) for variable in variables)
+    found = FileBytes(tuple(variables), upper=upper).fitted(start, size_of(plan))
+    trials = []
+    for fewer in (1, 4):
+        narrow = tuple(
+            variable.widths[max(len(variable.widths) - 1 - fewer, 0)] if variable.kind is Kind.ACTIVATION else bits
+            for variable, bits in zip(variables, start, strict=True)
+        )
+        if narrow != start:
+            trials.append((narrow, size_of(at_bits(plan, variables, _named(variables, narrow)))))
+    return found.fitted_activations(trials) if trials else found
+
+
+def _upper_regions(plan: QuantPlan, variable: BitVariable) -> dict[int, int]:
+    """How many regions above the lowest an activation's quantizer has at each width."""
+    if variable.kind is Kind.WEIGHT:
+        return {}
+    quantizers = quantizers_of(plan.array(f"{variable.name}/quantizers"))
+    return {bits: len(one.upper) for bits, one in quantizers.items() if isinstance(one, MultiRegion)}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,15 @@ def test_bytes_are_fitted_to_a_written_file():
     assert count(BITS) == 9999
 
 
+def test_narrow_activations_take_their_clip_and_each_upper_region_its_nodes():
+    upper = ({}, {3: 2}, {}, {3: 1})
+    plain = FileBytes(VARIABLES, rest=5000, upper=upper)
+    both, one = (8, 3, 8, 3), (8, 8, 8, 3)
+    fitted = plain.fitted_activations([(both, plain(both) + 2 * 40 + 3 * 700), (one, plain(one) + 40 + 700)])
+    assert (fitted.clipping, fitted.region) == (40, 700)
+    assert fitted((8, 3, 8, 8)) - plain((8, 3, 8, 8)) == 40 + 2 * 700
+
+
 def test_a_measure_is_missing_its_share_of_the_way():
     (measure,) = measures_of(Budget(average_weight_bits=5), VARIABLES, PRODUCTS, FileBytes(VARIABLES))
     start, half, end = (8, 8, 8, 8), (6, 8, 8, 8), (4, 8, 8, 8)
