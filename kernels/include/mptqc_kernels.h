@@ -45,8 +45,10 @@ MPTQC_EXPORT int mptqc_isa_runs_here(mptqc_isa isa);
 /* The one called `name`, or the best that runs here if name is null or empty; invalid if unknown or absent. */
 MPTQC_EXPORT mptqc_status mptqc_choose_isa(const char* name, mptqc_isa* isa);
 
-/* See "Codes and quantizers" in docs/custom-ops.md. */
+/* Regions of a quantizer above the lowest, at most. */
 #define MPTQC_UPPER_REGIONS 3
+
+/* See "Codes and quantizers" in docs/custom-ops.md. */
 typedef struct {
   float scale;
   int32_t zero_point, minimum, maximum, regions; /* upper regions: 0 is uniform */

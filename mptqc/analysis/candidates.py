@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mptqc.graph.quantizer_nodes import CODES
 from mptqc.plan import ActivationQuantizer, MultiRegion, Region, Uniform
 from mptqc.reference.quantizers import fake_quantize
 
@@ -24,7 +25,6 @@ LARGEST_M, LARGEST_RATIO = 6, 3
 SHARES = 16
 """Regions hold whole numbers of 2^k/16 codes, the last one whatever is left."""
 
-TOP_CODE = 255
 RANDOM_POINTS = 8192
 EXTREME_POINTS = 256
 SMALLEST_SCALE = 1e-12
@@ -199,7 +199,7 @@ def _divided(codes: int, m: tuple[int, ...], below_zero: bool) -> Iterator[Divis
         for split in range(0, codes - 1 - zero_point, max(unit, 2 ** m[0])):
             low_codes = split + 1 + zero_point
             for counts, top in upper(0, split, codes - low_codes):
-                if zero_point + top <= TOP_CODE:
+                if zero_point + top < CODES:
                     yield Division(zero_point, (low_codes, *counts))
 
 
@@ -231,7 +231,7 @@ def _shifted(quantizer: MultiRegion) -> Iterator[MultiRegion]:
                 "upper": (*quantizer.upper[:-1], last._replace(codes=top_codes)),
             }
         )
-        if quantizer.zero_point and zero_point >= 0 and top_codes > 0 and shifted.top_code <= TOP_CODE:
+        if quantizer.zero_point and zero_point >= 0 and top_codes > 0 and shifted.top_code < CODES:
             yield shifted
 
 
