@@ -27,7 +27,7 @@ struct AttentionTask {
   uint8_t* codes;  // the same
   int32_t code_sum[kRows], code_of_zero;
   float row_factor[kRows];  // what the rows of P were divided by
-  float beyond[kPanel];  // added to the last scores of a row: 0 in its columns, as low as can be beyond
+  float beyond[kPanel];  // added to the last vectors of a row's scores: 0 in its columns, as low as can be beyond
   QuantizerConstants probability;
   Output output;
   Product<L> product;
@@ -46,7 +46,8 @@ struct AttentionTask {
         probability(arguments.probability),
         output(arguments.quantizer, arguments.output) {
     code_of_zero = V::sum(codes_of_quotient<V>(probability, V::set(0.0f))) / static_cast<int32_t>(kPanel);
-    for (int c = 0; c < kPanel; ++c) beyond[c] = c < (a.columns - 1) % kPanel + 1 ? 0.0f : kLowest;
+    const int64_t last = last_column();
+    for (int c = 0; c < kPanel; ++c) beyond[c] = last + c < a.columns ? 0.0f : kLowest;
   }
 
   void run(int64_t task) {
@@ -63,6 +64,7 @@ struct AttentionTask {
   }
 
   static constexpr float kLowest = -3.40282347e38f, kInverseLn2 = 1.44269504f;
+  static void nothing_beside(int, int) {}
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
   int32_t signed_v_zero() const { return a.v_zero_point - 128; }
@@ -134,6 +136,23 @@ struct AttentionTask {
     return total;
   }
 
+  // Columns go in panels; those behind the last whole panel of blocks in vectors, block by block.
+  int64_t columns_in_panels() const { return ceil_divide(a.columns, kBlockOutputs) / kPanelBlocks * kPanel; }
+
+  // Where the last panel or vector begins.
+  int64_t last_column() const {
+    const int64_t end = round_up(a.columns, kBlockOutputs);
+    return end == columns_in_panels() ? end - kPanel : end - kBlockOutputs;
+  }
+
+  // Calls work(V or L, its first column) for all columns of a row.
+  template <class Work>
+  MPTQC_INLINE void for_columns(const Work& work) const {
+    const int64_t panels = columns_in_panels();
+    for (int64_t c = 0; c < panels; c += kPanel) work(V(), c);
+    for (int64_t c = panels; c < a.columns; c += kBlockOutputs) work(L(), c);
+  }
+
   void score_rows(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t stride = a.heads * a.width, block_bytes = ceil_divide(a.width, kBlockInputs) * kBlockBytes;
     const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
@@ -145,12 +164,23 @@ struct AttentionTask {
     }
     for (int64_t column = 0; column < a.columns; column += kPanel) {
       const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
-      const int blocks = static_cast<int>(ceil_divide(count(column), 16));
-      product.multiply(rows, blocks, query, panel, key_offset + column, tile);
+      const int blocks = static_cast<int>(least(kPanelBlocks, ceil_divide(a.columns - column, kBlockOutputs)));
+      product.multiply(rows, blocks, query, panel, key_offset + column, tile, nothing_beside);
       for (int r = 0; r < rows; ++r) {
         const float* bias = addend_row(a.bias, batch, head, row + r);
         const float* mask = addend_row(a.mask, batch, head, row + r);
-        largest[r] = finish_scores(r, row_offset[r], column, bias, mask, largest[r]);
+        const int32_t* sum = tile.sum[r];
+        float* score = scores + r * layout.padded_columns;
+        if (blocks == kPanelBlocks) {
+          const auto panel_scores = finish_scores<V>(sum, row_offset[r], column, bias, mask, score);
+          largest[r] = V::maximum(largest[r], panel_scores);
+          continue;
+        }
+        for (int block = 0; block < blocks; ++block) {
+          const int64_t c = column + block * kBlockOutputs;
+          auto& part = largest[r].part[block];
+          part = L::maximum(part, finish_scores<L>(sum + block * kBlockOutputs, row_offset[r], c, bias, mask, score));
+        }
       }
     }
     quantize_softmax(rows, largest);
@@ -162,17 +192,18 @@ struct AttentionTask {
     return added.data + ((batch % added.windows * added.heads + h) * added.rows + t) * a.columns;
   }
 
-  // Scores of kPanel columns; `largest` takes them in.
-  MPTQC_INLINE F finish_scores(
-      int r, int32_t row_offset, int64_t column, const float* bias, const float* mask, F largest) {
-    const int n = count(column);
-    const auto sum = V::add(V::load(tile.sum[r]), V::set(row_offset));
-    auto score = V::multiply(V::to_float(sum), V::set(a.score_scale));
-    if (bias != nullptr) score = V::add(score, V::load(bias + column, n));
-    if (mask != nullptr) score = V::add(score, V::load(mask + column, n));
-    if (n < kPanel) score = V::add(score, V::load(beyond));
-    V::store(scores + r * layout.padded_columns + column, score);
-    return V::maximum(largest, score);
+  // Makes and stores a vector's worth (of U: V or L) of scores, from `column` on.
+  template <class U>
+  MPTQC_INLINE typename U::F finish_scores(
+      const int32_t* from, int32_t row_offset, int64_t column, const float* bias, const float* mask, float* to) const {
+    const int n = count<U>(column);
+    const auto sum = U::add(U::load(from), U::set(row_offset));
+    auto score = U::multiply(U::to_float(sum), U::set(a.score_scale));
+    if (bias != nullptr) score = U::add(score, U::load(bias + column, n));
+    if (mask != nullptr) score = U::add(score, U::load(mask + column, n));
+    if (n < U::kValues) score = U::add(score, U::load(beyond));
+    U::store(to + column, score);
+    return score;
   }
 
   // Rows take each step in turn, so that they wait for their sums across lanes together.
@@ -190,7 +221,8 @@ struct AttentionTask {
     for (int r = 0; r < rows; ++r) {
       all[r] = quantize(scores + r * layout.padded_columns, quotient[r], codes + r * layout.padded_columns);
     }
-    const int32_t excess = static_cast<int32_t>(layout.padded_columns - a.columns) * code_of_zero;
+    const int64_t made = round_up(a.columns, kBlockOutputs);
+    const int32_t excess = static_cast<int32_t>(made - a.columns) * code_of_zero;
     for (int r = 0; r < rows; ++r) code_sum[r] = V::sum(all[r]) - excess;
   }
 
@@ -198,11 +230,12 @@ struct AttentionTask {
   // the 2^-126 of each score beyond the last column is lost in it.
   MPTQC_INLINE F raise(float* score, float shift) const {
     auto total = V::set(0.0f);
-    for (int64_t c = 0; c < a.columns; c += kPanel) {
-      const auto power = power_of_2<V>(V::multiply_add(V::load(score + c), V::set(kInverseLn2), V::set(shift)));
-      V::store(score + c, power);
-      total = V::add(total, power);
-    }
+    for_columns([&](auto u, int64_t c) {
+      using U = decltype(u);
+      const auto power = power_of_2<U>(U::multiply_add(U::load(score + c), U::set(kInverseLn2), U::set(shift)));
+      U::store(score + c, power);
+      add_to(total, power);
+    });
     return total;
   }
 
@@ -214,16 +247,23 @@ struct AttentionTask {
   // The codes of quotient * power; returns their sum. Beyond the last column they are that of 0, and the values are 0.
   MPTQC_INLINE I quantize(const float* power, float quotient, uint8_t* code) const {
     auto total = V::set(int32_t{0});
-    for (int64_t c = 0; c < a.columns; c += kPanel) {
-      const auto steps = codes_of_quotient<V>(probability, V::multiply(V::load(power + c), V::set(quotient)));
-      V::store_codes(code + c, steps);
-      total = V::add(total, steps);
-    }
+    for_columns([&](auto u, int64_t c) {
+      using U = decltype(u);
+      const auto steps = codes_of_quotient<U>(probability, U::multiply(U::load(power + c), U::set(quotient)));
+      U::store_codes(code + c, steps, U::kValues);
+      add_to(total, steps);
+    });
     return total;
   }
 
-  // How many of the kPanel columns from c on there are.
-  int count(int64_t c) const { return static_cast<int>(least(kPanel, a.columns - c)); }
+  static void add_to(F& total, F x) { total = V::add(total, x); }
+  static void add_to(I& total, I x) { total = V::add(total, x); }
+  static void add_to(F& total, typename L::F x) { total.part[0] = L::add(total.part[0], x); }
+  static void add_to(I& total, typename L::I x) { total.part[0] = L::add(total.part[0], x); }
+
+  // How many of the values of a U from column c on there are.
+  template <class U>
+  int count(int64_t c) const { return static_cast<int>(least(U::kValues, a.columns - c)); }
 
   void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t block_bytes = ceil_divide(a.columns, kBlockInputs) * kBlockBytes;
@@ -231,13 +271,14 @@ struct AttentionTask {
     for (int64_t column = 0; column < a.value_width; column += kPanel) {
       const int columns = static_cast<int>(least(kPanel, a.value_width - column));
       const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
-      product.multiply(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile);
+      product.multiply(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile,
+                       nothing_beside);
       for (int r = 0; r < rows; ++r) {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
         const int32_t row_offset = -signed_v_zero() * code_sum[r];
         const auto total = V::add(V::load(tile.sum[r]), V::set(row_offset));
         const auto context = V::multiply(V::to_float(total), V::set(a.context_scale));
-        write<V>(output, to, V::multiply(context, V::set(row_factor[r])), columns);
+        write<V>(output, to, V::multiply(context, V::set(row_factor[r])), columns, true);
       }
     }
   }

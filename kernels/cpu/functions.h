@@ -6,11 +6,17 @@
 
 namespace mptqc {
 
-// 2^x for x up to 1, relative error under 2^-22; x below -126 counts as -126, so that no denormal appears.
+// Floats from 2^23 to 2^24 are whole numbers. Adding 1.5 * 2^23 rounds a float of less than 2^22 to the nearest, ties to
+// even, and leaves it in the low bits.
+constexpr float kShifter = 12582912.0f;
+
+// 2^x for x up to 1, relative error under 2^-22; x below -126 counts as -126, so that no denormal appears. The polynomial
+// gives some 0.7 to 1.4, to whose exponent the whole part is added.
 template <class V>
 MPTQC_INLINE typename V::F power_of_2(typename V::F x) {
   x = V::maximum(x, V::set(-126.0f));
-  const auto whole = V::round(x);
+  const auto shifted = V::add(x, V::set(kShifter));
+  const auto whole = V::subtract(shifted, V::set(kShifter));
   const auto part = V::subtract(x, whole);  // exact, in [-1/2, 1/2]
   const auto square = V::multiply(part, part);
   auto even = V::multiply_add(square, V::set(0.00967603736f), V::set(0.240221068f));
@@ -18,8 +24,7 @@ MPTQC_INLINE typename V::F power_of_2(typename V::F x) {
   even = V::multiply_add(square, even, V::set(1.00000012f));
   odd = V::multiply_add(square, odd, V::set(0.693147182f));
   const auto power = V::multiply_add(part, odd, even);
-  const auto exponent = V::shift_left(V::add(V::to_int(whole), V::set(int32_t{127})), 23);
-  return V::multiply(power, V::as_float(exponent));
+  return V::as_float(V::add(V::as_int(power), V::shift_left(V::as_int(shifted), 23)));
 }
 
 // x/2 * (1 + erf(x/sqrt 2)), absolute error under 2^-21 * max(1, |x|).

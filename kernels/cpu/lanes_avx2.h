@@ -14,6 +14,7 @@
 namespace mptqc {
 
 struct LanesAvx2 {
+  static constexpr int kValues = 16;
   static constexpr int kRows = 4, kVectors = 1;
 
   struct F {
@@ -95,22 +96,22 @@ struct LanesAvx2 {
   }
   static F minimum(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
   static F maximum(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
-  static F absolute(F a) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
-  }
-  static F round(F a) {
-    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};
-  }
   static I to_int(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
   static F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
   static I add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
-  static I shift_left(I a, int bits) {
-    const __m128i count = _mm_cvtsi32_si128(bits);
-    return {_mm256_sll_epi32(a.low, count), _mm256_sll_epi32(a.high, count)};
+  static I subtract(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+  static I shift_left(I a, int bits) { return {_mm256_slli_epi32(a.low, bits), _mm256_slli_epi32(a.high, bits)}; }
+  static I shift_left(I a, I bits) {
+    return {_mm256_sllv_epi32(a.low, bits.low), _mm256_sllv_epi32(a.high, bits.high)};
+  }
+  static I shift_right(I a, int bits) { return {_mm256_srli_epi32(a.low, bits), _mm256_srli_epi32(a.high, bits)}; }
+  static I where_at_least(F x, F bound, I a, I b) {
+    const __m256i low = _mm256_castps_si256(_mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ));
+    const __m256i high = _mm256_castps_si256(_mm256_cmp_ps(x.high, bound.high, _CMP_GE_OQ));
+    return {_mm256_blendv_epi8(b.low, a.low, low), _mm256_blendv_epi8(b.high, a.high, high)};
   }
   static F as_float(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+  static I as_int(F a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 
   static float sum(F a) { return sum_halves(a.low, a.high); }
   static int32_t sum(I a) {

@@ -11,6 +11,7 @@
 namespace mptqc {
 
 struct LanesAvx512Vnni {
+  static constexpr int kValues = 16;
   static constexpr int kRows = 6, kVectors = 4;
 
   using F = __m512;
@@ -52,13 +53,18 @@ struct LanesAvx512Vnni {
   static F subtract_product(F c, F a, F b) { return _mm512_fnmadd_ps(a, b, c); }
   static F minimum(F a, F b) { return _mm512_min_ps(a, b); }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
-  static F absolute(F a) { return _mm512_abs_ps(a); }
-  static F round(F a) { return _mm512_roundscale_ps(a, kNearest); }
   static I to_int(F a) { return _mm512_cvt_roundps_epi32(a, kNearest); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  static I shift_left(I a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
+  static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I shift_left(I a, int bits) { return _mm512_slli_epi32(a, bits); }
+  static I shift_left(I a, I bits) { return _mm512_sllv_epi32(a, bits); }
+  static I shift_right(I a, int bits) { return _mm512_srli_epi32(a, bits); }
+  static I where_at_least(F x, F bound, I a, I b) {
+    return _mm512_mask_mov_epi32(b, _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), a);
+  }
   static F as_float(I a) { return _mm512_castsi512_ps(a); }
+  static I as_int(F a) { return _mm512_castps_si512(a); }
 
   static float sum(F a) { return sum_halves(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
   static int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }

@@ -11,6 +11,7 @@
 namespace mptqc {
 
 struct LanesPortable {
+  static constexpr int kValues = 16;
   static constexpr int kRows = 4, kVectors = 1;  // of the product's register tile
 
   struct F {
@@ -103,20 +104,11 @@ struct LanesPortable {
     for (int i = 0; i < 16; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
   }
-  static F absolute(F a) {
-    for (float& lane : a.lane) lane = std::fabs(lane);
-    return a;
-  }
   // To nearest, ties to even; |a| < 2^22.
-  static F round(F a) {
-    const float shifter = 12582912.0f;  // 1.5 * 2^23: its last bit is worth 1
-    for (float& lane : a.lane) lane = (lane + shifter) - shifter;
-    return a;
-  }
   static I to_int(F a) {
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: its last bit is worth 1
     I out;
-    a = round(a);
-    for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<int32_t>(a.lane[i]);
+    for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<int32_t>((a.lane[i] + shifter) - shifter);
     return out;
   }
   static F to_float(I a) {
@@ -128,12 +120,34 @@ struct LanesPortable {
     for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
     return a;
   }
+  static I subtract(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] -= b.lane[i];
+    return a;
+  }
   static I shift_left(I a, int bits) {
     for (int32_t& lane : a.lane) lane = static_cast<int32_t>(static_cast<uint32_t>(lane) << bits);
     return a;
   }
+  static I shift_left(I a, I bits) {
+    for (int i = 0; i < 16; ++i) a.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) << bits.lane[i]);
+    return a;
+  }
+  static I shift_right(I a, int bits) {  // a is not negative
+    for (int32_t& lane : a.lane) lane >>= bits;
+    return a;
+  }
+  // a where x >= bound, else b.
+  static I where_at_least(F x, F bound, I a, I b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] = x.lane[i] >= bound.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
   static F as_float(I a) {
     F out;
+    std::memcpy(out.lane, a.lane, sizeof out.lane);
+    return out;
+  }
+  static I as_int(F a) {
+    I out;
     std::memcpy(out.lane, a.lane, sizeof out.lane);
     return out;
   }

@@ -24,20 +24,33 @@ struct LinearTask {
     const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes;
     const Blocks weight = {a.weight + first_column / kBlockOutputs * block_bytes, block_bytes};
     const int64_t panel_bytes = kPanelBlocks * block_bytes;
-    // A panel that does not stay in the first cache is asked for by the product itself.
-    const bool fetch_next = first_column + kPanel < a.outputs && panel_bytes <= kFirstCachePanel;
+    const bool fetch_next = first_column + kPanel < a.outputs && !Product<L>::fetches(panel_bytes);
+    const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_bytes, chunk) : 0;  // with each row
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
     const int8_t* next = weight.data + panel_bytes;
+    // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
     Product<L> product;
-    Tile<Product<L>::kRows> tile = {};
+    Tile<Product<L>::kRows> tiles[2] = {};
+    const Tile<Product<L>::kRows>* waiting = nullptr;
+    int64_t waiting_row = 0;
+    int waiting_rows = 0;
+    const auto finish_part = [&](int part, int parts) {
+      for (int r = waiting_rows * part / parts; r < waiting_rows * (part + 1) / parts; ++r) {
+        finish(waiting->sum[r], target_row(waiting_row + r), first_column, columns);
+        next = prefetch(next, fetch_bytes);
+      }
+    };
     for (int64_t row = first_row; row < end_row; row += Product<L>::kRows) {
       const int rows = static_cast<int>(least(Product<L>::kRows, end_row - row));
       const Codes input = {a.input + row * a.inputs, a.inputs, a.inputs};
-      if (fetch_next) next = prefetch(next, panel_bytes * Product<L>::kRows / chunk);
       for (int r = 0; fetch_output && r < rows; ++r) prefetch_output(target_row(row + r) * a.outputs + first_column);
-      product.multiply(rows, blocks, input, weight, a.offset + first_column, tile);
-      for (int r = 0; r < rows; ++r) finish(tile.sum[r], target_row(row + r), first_column, columns);
+      auto& tile = tiles[waiting == tiles];
+      product.multiply(rows, blocks, input, weight, a.offset + first_column, tile, finish_part);
+      waiting = &tile;
+      waiting_row = row;
+      waiting_rows = rows;
     }
+    finish_part(0, 1);
   }
 
   // Outputs larger than this are not in the second cache when they are written.
@@ -73,7 +86,7 @@ struct LinearTask {
     if (a.activation == MPTQC_GELU) y = gelu<V>(y);
     if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
-    write<V>(output, index, y, columns);
+    write<V>(output, index, y, columns, a.activation != MPTQC_GELU);
   }
 };
 

@@ -95,8 +95,15 @@ template <class L>
 struct Product {
   static constexpr int kRows = L::kRows;
 
-  // One panel of `blocks` <= kPanelBlocks blocks, for `rows` <= kRows rows.
-  void multiply(int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile) {
+  // Whether a panel of so many bytes is asked for ahead, since it does not stay in the first cache.
+  static bool fetches(int64_t panel_bytes) { return panel_bytes > kFirstCachePanel; }
+
+  // One panel of `blocks` <= kPanelBlocks blocks, for `rows` <= kRows rows. `beside` is work on vectors that can be done in
+  // between: it is called with 0 to parts - 1, and parts, to do a part of it.
+  template <class Beside>
+  void multiply(
+      int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile, const Beside& beside) {
+    beside(0, 1);
     for (int block = 0; block < blocks; block += L::kVectors) {
       const int vectors = blocks - block < L::kVectors ? blocks - block : L::kVectors;
       const Blocks part = {w.data + block * w.block_bytes, w.block_bytes};

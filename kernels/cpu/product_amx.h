@@ -21,6 +21,9 @@ class Product<LanesAmx> {
  public:
   static constexpr int kRows = 32;
 
+  // Tiles are read from the second cache as fast as they are multiplied.
+  static bool fetches(int64_t) { return false; }
+
   Product() = default;
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
@@ -30,24 +33,32 @@ class Product<LanesAmx> {
     if (rows_ > 0) _tile_release();
   }
 
-  void multiply(int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile) {
+  // As the generic one. The tiles' unit works on a step's products for some 64 cycles: vectors are free to do their own.
+  template <class Beside>
+  void multiply(
+      int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile, const Beside& beside) {
     const Steps steps(a.width);
+    const int steps_of_pair = static_cast<int>(steps.whole) + (steps.rest > 0), parts = (blocks + 1) / 2 * steps_of_pair;
+    int part = 0;
     configure(rows, steps.width);
     if (steps.rest > 0) copy_rest(rows, blocks, steps, a, w);
+    if (parts == 0) beside(0, 1);
     // To the compiler, the intrinsics that load tiles do not read memory: stores must not be put off beyond them.
     std::atomic_signal_fence(std::memory_order_seq_cst);
     for (int block = 0; block < blocks; block += 2) {
-      const bool below = rows > kTileRows, beside = block + 1 < blocks;
-      load_sums(offset + 16 * block, below, beside);
+      const bool below = rows > kTileRows, right = block + 1 < blocks;
+      load_sums(offset + 16 * block, below, right);
       const int8_t* weights = w.data + block * w.block_bytes;
       for (int64_t step = 0; step < steps.whole; ++step) {
         const int64_t k = step * steps.width;
-        add_step(a.data + k, a.stride, weights + k * kBlockOutputs, w.block_bytes, below, beside);
+        add_step(a.data + k, a.stride, weights + k * kBlockOutputs, w.block_bytes, below, right);
+        beside(part++, parts);
       }
       if (steps.rest > 0) {
-        add_step(rest_codes_[0], kTileBytes, rest_weights_[block][0], sizeof rest_weights_[0], below, beside);
+        add_step(rest_codes_[0], kTileBytes, rest_weights_[block][0], sizeof rest_weights_[0], below, right);
+        beside(part++, parts);
       }
-      store_sums(&tile.sum[0][16 * block], below, beside);
+      store_sums(&tile.sum[0][16 * block], below, right);
     }
   }
 
@@ -114,36 +125,36 @@ class Product<LanesAmx> {
   }
 
   // Every row of a tile is loaded from one place.
-  static void load_sums(const int32_t* offset, bool below, bool beside) {
+  static void load_sums(const int32_t* offset, bool below, bool right) {
     _tile_loadd(0, offset, 0);
-    if (beside) _tile_loadd(1, offset + 16, 0);
+    if (right) _tile_loadd(1, offset + 16, 0);
     if (below) _tile_loadd(2, offset, 0);
-    if (below && beside) _tile_loadd(3, offset + 16, 0);
+    if (below && right) _tile_loadd(3, offset + 16, 0);
   }
 
   MPTQC_INLINE static void add_step(
-      const uint8_t* codes, int64_t stride, const int8_t* weights, int64_t block_bytes, bool below, bool beside) {
+      const uint8_t* codes, int64_t stride, const int8_t* weights, int64_t block_bytes, bool below, bool right) {
     _tile_loadd(4, codes, stride);
     _tile_loadd(6, weights, kTileBytes);
     _tile_dpbusd(0, 4, 6);
-    if (beside) {
+    if (right) {
       _tile_loadd(7, weights + block_bytes, kTileBytes);
       _tile_dpbusd(1, 4, 7);
     }
     if (below) {
       _tile_loadd(5, codes + kTileRows * stride, stride);
       _tile_dpbusd(2, 5, 6);
-      if (beside) _tile_dpbusd(3, 5, 7);
+      if (right) _tile_dpbusd(3, 5, 7);
     }
   }
 
-  static void store_sums(int32_t* sums, bool below, bool beside) {
+  static void store_sums(int32_t* sums, bool below, bool right) {
     constexpr int64_t stride = kPanel * sizeof(int32_t);
     int32_t* lower = sums + kTileRows * kPanel;
     _tile_stored(0, sums, stride);
-    if (beside) _tile_stored(1, sums + 16, stride);
+    if (right) _tile_stored(1, sums + 16, stride);
     if (below) _tile_stored(2, lower, stride);
-    if (below && beside) _tile_stored(3, lower + 16, stride);
+    if (below && right) _tile_stored(3, lower + 16, stride);
   }
 
   int rows_ = 0, width_ = 0;

@@ -18,7 +18,7 @@ namespace mptqc {
 // Has the members of a Lanes type that work on values, for kPanel of them.
 template <class L>
 struct Wide {
-  static constexpr int kParts = kPanelBlocks;
+  static constexpr int kParts = kPanelBlocks, kValues = kPanel;
 
   struct F {
     typename L::F part[kParts];
@@ -113,14 +113,15 @@ struct Wide {
     for (int i = 0; i < kParts; ++i) out.part[i] = L::name(a.part[i], b.part[i], c.part[i]);   \
     return out;                                                                               \
   }
-  MPTQC_WIDE_1(F, absolute, F)
-  MPTQC_WIDE_1(F, round, F)
   MPTQC_WIDE_1(I, to_int, F)
   MPTQC_WIDE_1(F, to_float, I)
   MPTQC_WIDE_1(F, as_float, I)
+  MPTQC_WIDE_1(I, as_int, F)
   MPTQC_WIDE_2(F, add)
   MPTQC_WIDE_2(I, add)
   MPTQC_WIDE_2(F, subtract)
+  MPTQC_WIDE_2(I, subtract)
+  MPTQC_WIDE_2(I, shift_left)
   MPTQC_WIDE_2(F, multiply)
   MPTQC_WIDE_2(F, minimum)
   MPTQC_WIDE_2(F, maximum)
@@ -134,6 +135,18 @@ struct Wide {
     I out;
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) out.part[i] = L::shift_left(a.part[i], bits);
+    return out;
+  }
+  static I shift_right(I a, int bits) {
+    I out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::shift_right(a.part[i], bits);
+    return out;
+  }
+  static I where_at_least(F x, F bound, I a, I b) {
+    I out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::where_at_least(x.part[i], bound.part[i], a.part[i], b.part[i]);
     return out;
   }
 };

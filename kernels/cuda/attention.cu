@@ -257,7 +257,7 @@ struct AttentionBlock {
           y[c] = static_cast<float>(sum + constant) * a().context_scale * factor[half];
         }
         const int64_t at = ((batch * a().rows + row + 8 * half) * a().heads + head) * a().value_width + column;
-        write_eight(p.output, at, y, a().value_width - column);
+        write_eight(p.output, at, y, a().value_width - column, true);
       }
     }
   }

@@ -11,9 +11,7 @@
 
 namespace mptqc {
 
-// Floats from 2^23 to 2^24 are whole numbers. Adding 1.5 * 2^23 rounds a float of less than 2^22 to the nearest, ties to
-// even, and leaves it in the low bits: the device's own conversions take four times as long as an addition.
-constexpr float kShifter = 12582912.0f;
+// The bits of kShifter, which rounds: the device's own conversions take four times as long as an addition.
 constexpr int32_t kShifterBits = 0x4B400000;
 
 MPTQC_INLINE int32_t bits_of(float x) {
@@ -54,6 +52,10 @@ struct Lane {
   static MPTQC_INLINE F minimum(F a, F b) { return fminf(a, b); }
   static MPTQC_INLINE F maximum(F a, F b) { return fmaxf(a, b); }
   static MPTQC_INLINE I to_int(F a) { return bits_of(a + kShifter) - kShifterBits; }
+  static MPTQC_INLINE I subtract(I a, I b) { return a - b; }
+  static MPTQC_INLINE I shift_right(I a, int bits) { return a >> bits; }
+  static MPTQC_INLINE I where_at_least(F x, F bound, I a, I b) { return x >= bound ? a : b; }
+  static MPTQC_INLINE F as_float(I a) { return float_of(a); }
   static MPTQC_INLINE I shift_left(I a, int bits) { return static_cast<I>(static_cast<uint32_t>(a) << bits); }
 };
 

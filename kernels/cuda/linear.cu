@@ -134,7 +134,7 @@ struct LinearBlock {
       }
       const int64_t index = target_row(from) * a.outputs + column;
       if (a.residual != nullptr) add_residual(y, index, count);
-      write_eight(output, index, y, count);
+      write_eight(output, index, y, count, a.activation != MPTQC_GELU);
     }
   }
 

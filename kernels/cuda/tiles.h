@@ -157,8 +157,9 @@ MPTQC_DEVICE void write_floats(T* to, const float (&y)[kLaneColumns], int64_t co
     if (i < count) store_float(to + i, y[i]);
 }
 
-// Writes the first `count` <= 8 of y, from element `index` of the output on.
-MPTQC_DEVICE void write_eight(const DeviceOutput& output, int64_t index, const float (&y)[kLaneColumns], int64_t count) {
+// Writes the first `count` <= 8 of y, from element `index` of the output on; `exact` tells codes_of from codes_near.
+MPTQC_DEVICE void write_eight(
+    const DeviceOutput& output, int64_t index, const float (&y)[kLaneColumns], int64_t count, bool exact) {
   if (!output.quantized) {
     if (output.type == MPTQC_FLOAT16) return write_floats(static_cast<Half*>(output.data) + index, y, count);
     return write_floats(static_cast<float*>(output.data) + index, y, count);
@@ -166,7 +167,10 @@ MPTQC_DEVICE void write_eight(const DeviceOutput& output, int64_t index, const f
   uint8_t* to = static_cast<uint8_t*>(output.data) + index;
   Codes8 codes;
   MPTQC_UNROLL
-  for (int i = 0; i < kLaneColumns; ++i) codes.code[i] = static_cast<uint8_t>(codes_of<Lane>(output.quantizer, y[i]));
+  for (int i = 0; i < kLaneColumns; ++i) {
+    const auto& q = output.quantizer;
+    codes.code[i] = static_cast<uint8_t>(exact ? codes_of<Lane>(q, y[i]) : codes_near<Lane>(q, y[i]));
+  }
   if (count >= kLaneColumns && is_aligned(to, 8)) {
     *reinterpret_cast<Codes8*>(to) = codes;
     return;
