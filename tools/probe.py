@@ -47,11 +47,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="Fashion-MNIST as four idx .gz files")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--features", choices=["class", "class+mean"], default="class+mean")
+    parser.add_argument("--calibration-images", type=int, default=CALIBRATION, help=f"at least {CALIBRATION}, the default")
     parser.add_argument("--focus-model", type=Path, help="vit_s_focus.onnx, instead of fetching it")
     arguments = parser.parse_args()
-    train = read_split(arguments.data, "train").sample(FIT + CALIBRATION, SEED)
-    mixed = np.random.default_rng(SEED).permutation(len(train.labels))
-    fit, calibration = (Split(train.images[part], train.labels[part]) for part in np.split(mixed, [FIT]))
+    if arguments.calibration_images < CALIBRATION:
+        parser.error(f"--calibration-images takes {CALIBRATION} or more")
+    fit, calibration = split_train(read_split(arguments.data, "train"), arguments.calibration_images)
     test = read_split(arguments.data, "t10k").sample(TEST, SEED)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +65,18 @@ def main() -> None:
     for name, split in (("calibration", calibration), ("test", test)):
         write_archive(arguments.output / f"{name}.npz", Split(enlarge(split.images), split.labels))
     (arguments.output / "preprocess.json").write_text(STEPS.to_json() + "\n", encoding="utf-8")
+
+
+def split_train(train: Split, calibration_images: int) -> tuple[Split, Split]:
+    """What fits the classifier, and what calibrates: CALIBRATION images, and as many more behind them as are wanted."""
+    drawn = train.sample(FIT + CALIBRATION, SEED)
+    mixed = np.random.default_rng(SEED).permutation(len(drawn.labels))
+    fit, first = (Split(drawn.images[part], drawn.labels[part]) for part in np.split(mixed, [FIT]))
+    order = np.random.default_rng(SEED).permutation(len(train.labels))  # as `sample` draws
+    more = order[FIT + CALIBRATION : FIT + calibration_images]
+    return fit, Split(
+        np.concatenate([first.images, train.images[more]]), np.concatenate([first.labels, train.labels[more]])
+    )
 
 
 def enlarge(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

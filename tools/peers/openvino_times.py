@@ -4,6 +4,7 @@ OpenVINO runs openvino_script.py in an environment of its own, by openvino.txt, 
 told when to run which, so that its models take turns with those of this process, and waits in between.
 """
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ class OpenVino:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended by itself before it had read all
+                self._process.stdin.close()
         self._process.wait()
 
     def open_model(
