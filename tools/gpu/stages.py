@@ -30,8 +30,8 @@ TIMED_FORMS = (*FORMS, f"float16{GRAPHED}", f"mptqc{GRAPHED}", TORCH_FORM)
 """torch last: it compiles for a minute."""
 COMPARED_FORMS, COMPARED_IMAGES = ("mptqc float32", "mptqc"), 4
 MOST_LOSS_DB = 1.0
-"""How much farther from the float model than the portable file on the CPU a form may be on the device. Both are as far from
-each other as from the float model: a code next to a rounding boundary changes, and moves what follows by steps."""
+"""How much farther from the float model than the portable file on the CPU a form may be on the device. The two are as
+far from each other as from it: a code next to a rounding boundary changes, and moves what follows by steps."""
 REHEARSED_TESTS = "on_gpu and (residual or moves_rows or patches or graph)"
 REHEARSED_PRODUCTS = MappingProxyType({"small": (128, 64, 128)})
 
