@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="Fashion-MNIST as four idx .gz files")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--features", choices=["class", "class+mean"], default="class+mean")
-    parser.add_argument("--calibration-images", type=int, default=CALIBRATION, help=f"(default: {CALIBRATION}, the least)")
+    parser.add_argument("--calibration-images", type=int, default=CALIBRATION, help=f"at least {CALIBRATION}")
     parser.add_argument("--focus-model", type=Path, help="vit_s_focus.onnx, instead of fetching it")
     arguments = parser.parse_args()
     if arguments.calibration_images < CALIBRATION:
