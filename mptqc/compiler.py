@@ -188,7 +188,8 @@ def _at_point(model: ir.Model, plan: QuantPlan, at: float, samples: Samples | No
 
 def views_of(samples: Samples, recipe: Recipe) -> Samples:
     """The images that the recipe asks for, in as many views."""
-    return augmented(samples.take(recipe.samples, recipe.seed), recipe.views, recipe.seed)
+    taken = samples.take(recipe.samples, recipe.seed)
+    return augmented(taken, recipe.views_of(len(taken)), recipe.seed)
 
 
 def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:

@@ -175,6 +175,7 @@ class Recipe(BaseModel):
         target: operators the emitted model may use.
         samples: calibration images used, at most.
         views: augmented views made of each calibration image, the image itself included; 1 makes none.
+        pictures: images and views together that are enough: many images get fewer views; None: `views` of each.
         seed: seed of every random choice.
         range_method: how activation ranges are found.
         rotation: rotation of the residual streams and of the heads, seeded by `seed`.
@@ -207,6 +208,7 @@ class Recipe(BaseModel):
     target: Target = Target.PORTABLE
     samples: Annotated[int, Field(ge=1)] = 64
     views: Annotated[int, Field(ge=1, le=16)] = 1
+    pictures: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     range_method: RangeMethod = RangeMethod.OUTPUT
     rotation: bool = False
@@ -230,6 +232,10 @@ class Recipe(BaseModel):
     def most_regions(self) -> int:
         """Of the quantizer of a post-GELU or post-softmax tensor; 1 if it is uniform."""
         return self.regions if self.opt_m else 1
+
+    def views_of(self, images: int) -> int:
+        """How many views each of so many images gets."""
+        return self.views if self.pictures is None else max(1, min(self.views, self.pictures // images))
 
     def bits_of(self, site: str) -> tuple[int, int]:
         """(weight bits, activation bits) of a site after overrides; with a budget its averages, as a first guess."""
@@ -270,8 +276,8 @@ class Effort(StrEnum):
 EFFORTS: Mapping[Effort, Mapping[str, Any]] = MappingProxyType(
     {
         Effort.FAST: MappingProxyType({"samples": 64, "views": 1}),
-        Effort.BALANCED: MappingProxyType({"samples": 128, "views": 4}),
-        Effort.BEST: MappingProxyType({"samples": 512, "views": 4, "regions": 4}),
+        Effort.BALANCED: MappingProxyType({"samples": 512, "views": 4, "pictures": 512}),
+        Effort.BEST: MappingProxyType({"samples": 2048, "views": 4, "pictures": 2048, "regions": 4}),
     }
 )
 """What each effort asks for; a preset, a recipe file and single options win over it."""

@@ -168,7 +168,13 @@ def test_a_recipe_with_a_budget_survives_json():
 def test_an_effort_gives_way_to_single_options():
     assert make_recipe(effort="balanced").views == 4
     recipe = make_recipe("w4a4", options={"views": 2}, effort="balanced")
-    assert (recipe.samples, recipe.views, recipe.weight_bits) == (128, 2, 4)
+    assert (recipe.samples, recipe.views, recipe.weight_bits) == (512, 2, 4)
+
+
+@pytest.mark.parametrize(("images", "views"), [(1, 4), (128, 4), (129, 3), (256, 2), (257, 1), (5000, 1)])
+def test_many_images_get_fewer_views(images: int, views: int):
+    assert make_recipe(effort="balanced").views_of(images) == views
+    assert make_recipe(options={"views": 4}).views_of(images) == 4
 
 
 def test_an_effort_gives_way_to_a_recipe_file(tmp_path: Path):

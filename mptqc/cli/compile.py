@@ -25,8 +25,8 @@ def compile(
         str,
         typer.Option(
             "--effort",
-            help="fast (64 images), balanced (128 images in 4 views) or best (512 images in 4 views). "
-            "A ViT-S on 2 cores takes some 1.5, 4 and 13 minutes.",
+            help="fast (64 images), balanced (up to 512 pictures: images, each in up to 4 views where they are fewer) or "
+            "best (up to 2048). A ViT-S on 2 cores takes some 1.5, 4 and 13 minutes.",
         ),
     ] = "balanced",
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file of recipe keys.")] = None,
@@ -64,7 +64,7 @@ def compile(
     views: Annotated[
         int | None,
         typer.Option(
-            "--views", help="Augmented views of each calibration image, itself included (default: by effort)."
+            "--views", help="Augmented views of a calibration image, itself included, at most (default: by effort)."
         ),
     ] = None,
     smoothing: Annotated[bool | None, typer.Option("--smoothing/--no-smoothing", help="SQ-b (default: on).")] = None,
