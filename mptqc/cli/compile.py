@@ -25,8 +25,8 @@ def compile(
         str,
         typer.Option(
             "--effort",
-            help="fast (64 images), balanced (up to 512 pictures: images, each in up to 4 views where they are fewer) or "
-            "best (up to 2048). A ViT-S on 2 cores takes some 1.5, 4 and 13 minutes.",
+            help="fast (64 images), balanced (up to 512; fewer are shown in up to 4 views each) or best (up to 2048). "
+            "A ViT-S on 2 cores takes some 1.5, 4 and 13 minutes.",
         ),
     ] = "balanced",
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file of recipe keys.")] = None,
