@@ -113,7 +113,10 @@ def _plan_attention(
         seen.rows[str(value.name)] for value in (around.q.output, around.k.output, around.v.output, around.proj.input)
     )
     bits = recipe.bits_of(attention.site)[1]
-    return plan_attention(q, k, v, context, around.proj.weight, seen.slices[attention.site], bits, recipe.alphas)
+    return plan_attention(
+        q, k, v, context, around.proj.weight, seen.slices[attention.site], bits, recipe.alphas,
+        corrected=recipe.compensation,
+    )  # fmt: skip
 
 
 def float_layers(model: ir.Model) -> tuple[Refusal, ...]:

@@ -3,7 +3,8 @@
 Norm:  b = (hi + lo)/2,  r = (hi − lo)/2,  s = r^α / max|W|^(1−α) per channel; α by the error of the readers' output
        with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b). So do the
        mean for b and s = σ^a: a few massive tokens decide lo and hi, but not where the rest lies.
-K, V:  b likewise;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α).
+K, V:  b likewise;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α). V's shift is the context's too, whose mean and
+       deviation compete: P's rows sum to 1, so both lose the same b.
 GELU:  s = r^a per channel of its output, r the largest magnitude; "no scale" competes too.
 """
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from mptqc.analysis.candidates import points_of, region_candidates, uniform_candidates
 from mptqc.analysis.observe import Rows, Slices
+from mptqc.analysis.ranges import uncorrected
 from mptqc.analysis.weights import search_weight_scale
 from mptqc.plan import ActivationQuantizer
 from mptqc.reference.quantizers import fake_quantize, quantize_weight
@@ -159,7 +161,16 @@ def plan_gelu(
 
 
 def plan_attention(
-    q: Rows, k: Rows, v: Rows, proj_input: Rows, proj_weight: Array, slices: Slices, bits: int, alphas: Sequence[float]
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    proj_input: Rows,
+    proj_weight: Array,
+    slices: Slices,
+    bits: int,
+    alphas: Sequence[float],
+    *,
+    corrected: bool = False,
 ) -> Mapping[str, Array]:
     """Shifts and scales of one attention, [heads·head_size] each: k_shift, v_shift, qk_scale, v_scale.
 
@@ -170,11 +181,12 @@ def plan_attention(
         slices: operands of the products.
         bits: of the operands and of the projection's input.
         alphas: migration strengths tried for v.
+        corrected: whether the projection will be compensated: then only what it cannot mend counts.
     """
     head_size = slices.q.shape[-1]
     columns = slices.heads[:, None, None] * head_size + np.arange(head_size)
     k_shift, qk_scale = _search_k(q, k, columns, slices, bits)
-    v_shift, v_scale = _search_v(v, proj_input, proj_weight, columns, slices, bits, alphas)
+    v_shift, v_scale = _search_v(v, proj_input, proj_weight, columns, slices, bits, alphas, corrected=corrected)
     return {"k_shift": k_shift, "v_shift": v_shift, "qk_scale": qk_scale, "v_scale": v_scale}
 
 
@@ -205,26 +217,32 @@ def _search_v(
     slices: Slices,
     bits: int,
     alphas: Sequence[float],
+    *,
+    corrected: bool,
 ) -> tuple[Array, Array]:
     """V's shift, and s by the error of proj's output: v's own error through P, and the context's as proj's input."""
     importance = np.square(proj_weight).sum(axis=1)[columns]
     (middle, half_range), (mean, _) = centres(v)
-    deviation = centres(proj_input)[1][1]
+    context_mean, deviation = centres(proj_input)[1]
     scales = [np.ones_like(half_range), *(migration_scale(half_range, proj_weight, alpha) for alpha in alphas)]
     powers = [power_scale(deviation, power) for power in POWERS if alphas]
-    trials = [(middle, scale) for scale in scales + powers] + [(mean, scale) for scale in scales[:1] + powers]
+    trials = [(middle, scale) for scale in scales + powers]
+    trials += [(shift, scale) for shift in (mean, context_mean) for scale in scales[:1] + powers]
     errors = []
     for shift, scale in trials:
         per_slice = scale[columns]
         shifted = (slices.v - shift[columns]) / per_slice
         v_error = np.matmul(slices.p, (_fake(shifted, bits) - shifted) * per_slice)
+        for head in np.unique(slices.heads) if corrected else ():
+            v_error[slices.heads == head] -= v_error[slices.heads == head].mean(axis=(0, 1))
         from_v = (
             np.sum(np.square(v_error) * importance) / v_error.shape[1] / len(v_error) * (len(scale) / v_error.shape[2])
         )
         scaled = (proj_input.rows - shift) / scale
-        input_error = ((_fake(scaled, bits) - scaled) * scale) @ proj_weight
-        from_input = proj_input.weights @ np.square(input_error).sum(axis=1) / proj_input.weights.sum()
-        errors.append(float(from_v + from_input))
+        found = _fake(scaled, bits)
+        error = uncorrected(found - scaled, found, proj_input.weights) if corrected else found - scaled
+        from_input = proj_input.weights @ np.square((error * scale) @ proj_weight).sum(axis=1)
+        errors.append(float(from_v + from_input / proj_input.weights.sum()))
     return trials[int(np.argmin(errors))]
 
 
