@@ -3,8 +3,8 @@
 Norm:  b = (hi + lo)/2,  r = (hi − lo)/2,  s = r^α / max|W|^(1−α) per channel; α by the error of the readers' output
        with quantized weights and activations; "no smoothing" competes too (METHOD, SQ-b). So do the
        mean for b and s = σ^a: a few massive tokens decide lo and hi, but not where the rest lies.
-K, V:  b likewise;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α). V's shift is the context's too, whose mean and
-       deviation compete: P's rows sum to 1, so both lose the same b.
+K, V:  b likewise;  t = (r_q/r_k)^(a/2);  s_v = r_v^α / max|W_proj|^(1−α). The mean and deviation of the context compete
+       for V: as P's rows sum to 1, V and context lose the same b.
 GELU:  s = r^a per channel of its output, r the largest magnitude; "no scale" competes too.
 """
 
