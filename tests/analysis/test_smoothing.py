@@ -183,6 +183,14 @@ def test_attention_shifts_are_the_middle_of_each_channel():
     np.testing.assert_allclose(found["v_shift"], (v.high + v.low) / 2, rtol=1e-6)
 
 
+def test_a_context_far_from_zero_decides_the_shift_of_v():
+    q, k, v, context, weight, slices = attention(0)
+    slices.p[...] = 1 / TOKENS  # v's own error is lost in the mean of many
+    far = rows_of(context.rows + np.where(np.arange(HEADS * SIZE) % 2, 20, -20).astype(np.float32))
+    found = plan_attention(q, k, v, far, weight, slices, 4, ALPHAS, corrected=True)
+    np.testing.assert_allclose(found["v_shift"], far.rows.mean(axis=0), rtol=1e-5)
+
+
 def centred_scores(q: Array, k: Array) -> Array:
     scores = q.astype(np.float64) @ k.transpose(0, 2, 1)
     return scores - scores.mean(axis=-1, keepdims=True)
