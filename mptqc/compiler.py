@@ -53,6 +53,7 @@ from mptqc.passes.unfold_patches import UnfoldPatches
 from mptqc.passes.use_float16 import UseFloat16
 from mptqc.plan import PLAN_KEY, QuantPlan
 from mptqc.recipe import Coverage, Recipe, Target
+from mptqc.runtime.machine import saturates_here
 from mptqc.runtime.session import PROVIDER_KEY
 
 OBSERVED_IMAGES = 256
@@ -99,8 +100,10 @@ def compile_model(
         ModelError: not a model that mptqc compiles.
         BudgetError: the recipe's budget cannot be kept.
         DataError: the samples do not fit the model.
+        RecipeError: a pattern of its sites matches nothing, or this processor does not compute what it asks for.
     """
     report("canonicalise", 0, 1)
+    check_arithmetic(recipe)
     model = load_canonical(path, convert_fp16=convert_fp16)
     check_site_patterns(model, recipe)
     plan = QuantPlan(
@@ -209,6 +212,20 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
     for make in (UnfoldPatches, FoldAffine, SeparateProjections, StampSites):
         make(concrete_shapes(model))(model)
     return model
+
+
+def check_arithmetic(recipe: Recipe) -> None:
+    """See that this processor computes the products that the recipe asks for exactly: compensation learns from them.
+
+    Raises:
+        RecipeError: codes of 8 bits are asked for, and their products would saturate here.
+    """
+    if not recipe.reduce_range and saturates_here():
+        raise RecipeError(
+            "reduce_range is off (--full-range), but this processor has AVX2 without VNNI: ONNX Runtime adds pairs of "
+            "8-bit products in saturating 16 bits here, so neither compensation nor verification would see the sums of "
+            "the processors that the model is for. Compile on a processor with VNNI, or leave reduce_range on"
+        )
 
 
 def check_site_patterns(model: ir.Model, recipe: Recipe) -> None:

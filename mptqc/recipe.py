@@ -170,6 +170,8 @@ class Recipe(BaseModel):
         weight_bits: bits of every Linear's weight, 2..8.
         activation_bits: bits of every quantized activation, 2..8.
         end_bits: bits (weights and activations) of the patch embedding and the head.
+        reduce_range: weights, k and v never get more than 7 bits, so that pairs of products fit 16 bits: exact on every
+            processor. Where ONNX Runtime finds AVX2 and no VNNI, it adds pairs of uint8 × int8 in saturating 16 bits.
         coverage: which tensors are quantized.
         stream_exponents: with full coverage, per-channel powers of two compete for the tensors that norms read.
         target: operators the emitted model may use.
@@ -203,6 +205,7 @@ class Recipe(BaseModel):
     weight_bits: Bits = 8
     activation_bits: Bits = 8
     end_bits: Bits = 8
+    reduce_range: bool = True
     coverage: Coverage = Coverage.PARTIAL
     stream_exponents: bool = True
     target: Target = Target.PORTABLE

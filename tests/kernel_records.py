@@ -48,6 +48,7 @@ Linear = structure(
     table=POINTER,
     quantizer=ctypes.POINTER(Quantizer),
     output=POINTER,
+    largest_weight=I32,
 )
 Attention = structure(
     "Attention",

@@ -73,3 +73,13 @@ void mptqc_linear_offset(
     offset[n] = -zero_point * sum;
   }
 }
+
+int32_t mptqc_linear_largest_weight(const int8_t* weight, int64_t inputs, int64_t outputs) {
+  const int64_t bytes = ceil_divide(outputs, kBlockOutputs) * ceil_divide(inputs, kBlockInputs) * kBlockBytes;
+  int32_t largest = 0;
+  for (int64_t i = 0; i < bytes; ++i) {
+    const int32_t size = weight[i] < 0 ? -weight[i] : weight[i];
+    if (size > largest) largest = size;
+  }
+  return largest;
+}

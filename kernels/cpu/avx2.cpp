@@ -15,11 +15,23 @@
 #endif
 
 #include "implement.h"
-#include "lanes_avx2.h"
+#include "product_avx2.h"
 
 namespace mptqc {
-const Implementation kAvx2 = Kernels<LanesAvx2>::table();
+namespace {
+
+void linear_avx2(const mptqc_linear& a, int64_t task) {
+  const int64_t groups = groups_in_16_bits(a.largest_weight);
+  if (groups >= kLeastGroups) return LinearTask<LanesAvx2Low>(a).run(task);
+  if (groups > 0) return LinearTask<LanesAvx2Narrow>(a).run(task);
+  LinearTask<LanesAvx2>(a).run(task);
 }
+
+}  // namespace
+
+const Implementation kAvx2 = {Kernels<LanesAvx2>::layer_norm, linear_avx2, Kernels<LanesAvx2>::attention,
+                              Kernels<LanesAvx2>::patches};
+}  // namespace mptqc
 
 #if defined(__clang__)
 #pragma clang attribute pop

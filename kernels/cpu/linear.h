@@ -29,7 +29,7 @@ struct LinearTask {
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
     const int8_t* next = weight.data + panel_bytes;
     // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
-    Product<L> product;
+    Product<L> product(a.largest_weight);
     Tile<Product<L>::kRows> tiles[2] = {};
     const Tile<Product<L>::kRows>* waiting = nullptr;
     int64_t waiting_row = 0;

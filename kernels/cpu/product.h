@@ -95,6 +95,9 @@ template <class L>
 struct Product {
   static constexpr int kRows = L::kRows;
 
+  // No |weight| is above `largest_weight`; 0: not known.
+  explicit Product(int32_t largest_weight = 0) { (void)largest_weight; }
+
   // Whether a panel of so many bytes is asked for ahead, since it does not stay in the first cache.
   static bool fetches(int64_t panel_bytes) { return panel_bytes > kFirstCachePanel; }
 

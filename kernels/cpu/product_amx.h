@@ -24,7 +24,7 @@ class Product<LanesAmx> {
   // Tiles are read from the second cache as fast as they are multiplied.
   static bool fetches(int64_t) { return false; }
 
-  Product() = default;
+  explicit Product(int32_t = 0) {}
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
 

@@ -89,6 +89,7 @@ typedef struct {
   const int64_t* table; /* row r of a group of table_size goes to its output row table[r]; a permutation */
   const mptqc_quantizer* quantizer; /* null: the output is float */
   void* output; /* [rows, outputs] uint8 or float */
+  int32_t largest_weight; /* no |weight| is above it; 0: not known. Small weights are multiplied faster without VNNI */
 } mptqc_linear;
 
 MPTQC_EXPORT int64_t mptqc_linear_tasks(const mptqc_linear* arguments);
@@ -97,6 +98,9 @@ MPTQC_EXPORT mptqc_status mptqc_linear_run(mptqc_isa isa, const mptqc_linear* ar
 /* offset[n] = -zero_point * sum_k weight[k, n] for each output: what makes a sum over codes one over (code - zero_point). */
 MPTQC_EXPORT void mptqc_linear_offset(
     const int8_t* weight, int64_t inputs, int64_t outputs, int32_t zero_point, int32_t* offset);
+
+/* The largest |weight|. */
+MPTQC_EXPORT int32_t mptqc_linear_largest_weight(const int8_t* weight, int64_t inputs, int64_t outputs);
 
 /* Added to the scores of an attention: float [windows, heads, rows, columns]; batch entry b takes window b % windows. */
 typedef struct {

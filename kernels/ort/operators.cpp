@@ -99,6 +99,8 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
   std::vector<int32_t> offset(padded);
   mptqc_linear_offset(Backend::Constant<int8_t>(weight).begin(), groups_ * kBlockInputs, outputs_,
                       code(node, "input_zero_point"), offset.data());
+  largest_weight_ =
+      mptqc_linear_largest_weight(Backend::Constant<int8_t>(weight).begin(), groups_ * kBlockInputs, outputs_);
   scale_ = Backend::Array<float>(scale);
   bias_ = Backend::Array<float>(bias);
   offset_ = Backend::Array<int32_t>(offset);
@@ -120,6 +122,7 @@ mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
   arguments.scale = scale_.data();
   arguments.bias = bias_.data();
   arguments.activation = activation_;
+  arguments.largest_weight = largest_weight_;
   return arguments;
 }
 

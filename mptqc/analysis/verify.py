@@ -36,6 +36,7 @@ from mptqc.graph.verify import check_structure
 from mptqc.plan import ActivationQuantizer, QuantPlan
 from mptqc.reference.quantizers import dequantize, integer_linear, quantize
 from mptqc.runtime.fused_ops import INTEGER_MATMULS, graph_op_counts, matmul_counts
+from mptqc.runtime.machine import saturates_here
 from mptqc.runtime.session import create_session
 
 logger = logging.getLogger(__name__)
@@ -271,6 +272,13 @@ def _expected(
     return expected, np.abs(expected)
 
 
+EDITED = "Was the model edited after it was compiled, or does it belong to another plan?"
+SATURATED = (
+    "This processor (AVX2 without VNNI) adds pairs of 8-bit products in saturating 16 bits: a model that was compiled "
+    "with the full range of 8 bits is for others. Or was it edited after it was compiled?"
+)
+
+
 def _raise_if_wrong(checks: Sequence[SiteCheck], what: str) -> None:
     wrong = [check for check in checks if check.code_mismatches or not check.error <= 1]
     if not wrong:
@@ -279,8 +287,7 @@ def _raise_if_wrong(checks: Sequence[SiteCheck], what: str) -> None:
     raise VerifyError(
         f"{len(wrong)} of {len(checks)} {what} do not give what the plan means; the worst is {worst.site} "
         f"({worst.product}): {worst.code_mismatches} of {worst.codes} codes differ, and the output is off by "
-        f"{worst.error:.1f} times what float32 rounding allows. Was the model edited after it was compiled, or does it "
-        "belong to another plan?"
+        f"{worst.error:.1f} times what float32 rounding allows. {SATURATED if saturates_here() else EDITED}"
     )
 
 

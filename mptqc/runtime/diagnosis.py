@@ -23,8 +23,8 @@ NO_KERNELS = "none: everything runs through standard ops"
 NO_CUDA_KERNELS = "none"
 
 SATURATION_WARNING = (
-    "this processor has AVX2 without VNNI: uint8 x int8 products add pairs in saturating 16 bits, so 8-bit weights may "
-    "overflow and cost accuracy. Weights of 7 bits or fewer are safe: --weight-bits 7."
+    "this processor has AVX2 without VNNI: ONNX Runtime adds pairs of uint8 x int8 products in saturating 16 bits. "
+    "Models that mptqc compiles are exact here too, unless with --full-range; 8-bit models of other tools may not be."
 )
 
 

@@ -32,9 +32,15 @@ def cpu_features(info: Mapping[str, str]) -> Mapping[str, bool] | None:
 def saturates_in_16_bits(features: Mapping[str, bool]) -> bool:
     """Tell whether ONNX Runtime's uint8 × int8 products add pairs in saturating 16 bits here: AVX2 without VNNI.
 
-    Two products of 255 · 127 pass 32767, so 8-bit weights may overflow; weights of 7 bits or fewer cannot.
+    Two products of 255 · 127 pass 32767, so codes of 8 bits may overflow; 255 · 64 · 2 = 32640 does not.
     """
     return features["avx2"] and not (features["avx512_vnni"] or features["avx_vnni"])
+
+
+def saturates_here() -> bool:
+    """Tell it of this machine; False where the system does not tell the processor's features."""
+    features = cpu_features(cpu_info())
+    return features is not None and saturates_in_16_bits(features)
 
 
 def processor_name(info: Mapping[str, str]) -> str:

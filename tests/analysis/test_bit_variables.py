@@ -1,5 +1,7 @@
 """Which choices of bits a model has, what they count, and which products they meet in."""
 
+import pytest
+
 from mptqc.analysis.bit_variables import Kind, find_products, find_variables
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.recipe import Recipe
@@ -37,7 +39,17 @@ def test_a_budget_opens_the_limits_and_sites_stay_fixed(block):
     found = variables_of(block(), budget=BUDGET, bit_limits=limits, sites=fixed)
     assert found["block00.fc1/weight"].widths == (7,)
     assert found["block00.fc2/weight"].widths == (3, 4, 5, 6)
-    assert found["block00.attention/v"].widths == (4, 5, 6, 7, 8)
+    assert found["block00.attention/v"].widths == (4, 5, 6, 7)
+    assert found["block00.attention/p"].widths == (4, 5, 6, 7, 8)
+
+
+@pytest.mark.parametrize("reduce_range", [True, False])
+def test_a_reduced_range_gives_the_right_operands_of_products_seven_bits(block, reduce_range):
+    found = variables_of(block(), reduce_range=reduce_range, sites={"*.fc1": {"weight_bits": 8}})
+    reduced = {name for name, variable in found.items() if variable.widths == (7,)}
+    right = {name for name in found if name.rpartition("/")[2] in ("weight", "k", "v")}
+    assert reduced == (right if reduce_range else set())
+    assert {found[name].widths for name in found.keys() - reduced} == {(8,)}
 
 
 def test_a_kind_of_activation_may_have_limits_of_its_own(block):

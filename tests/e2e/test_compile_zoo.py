@@ -3,18 +3,22 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from mptqc.compiler import apply_plan, compile_model, load_canonical
 from mptqc.data.preprocess import from_metadata
 from mptqc.data.preprocess_sources import load_preprocessing
-from mptqc.errors import ModelError, PlanError
+from mptqc.errors import ModelError, PlanError, RecipeError
+from mptqc.graph.integer_products import find_integer_products, stored_weight
 from mptqc.graph.io import load_model, serialize
 from mptqc.graph.match import find_linears
 from mptqc.plan import load_plan, save_plan
 from mptqc.recipe import Target
 from mptqc.runtime.evaluate import evaluate
 from mptqc.runtime.fused_ops import matmul_counts, optimized_op_counts
+from mptqc.runtime.machine import saturates_here
 from mptqc.runtime.model_files import model_file_bytes
 from mptqc.runtime.session import create_session
 
@@ -45,6 +49,31 @@ def test_every_product_runs_in_integers(compile_zoo, model):
     counts = matmul_counts(optimized_op_counts(file.path))
     assert counts.integer_matmuls == len(plan.layers) + 2 * len(plan.attentions)
     assert counts.float_matmuls == 0
+
+
+def test_no_pair_of_products_passes_16_bits(compile_zoo):
+    file = compile_zoo("vit", "w8a8", **compile_zoo.quick)
+    plan = file.compiled.plan
+    assert {layer.weight_bits for layer in plan.layers} == {7}
+    assert {layer.input.bits for layer in plan.layers} == {8}
+    linears = [product for product in find_integer_products(ir.from_proto(onnx.load(file.path))) if product.is_linear]
+    assert len(linears) == len(plan.layers)
+    assert {int(stored_weight(product).codes.max()) for product in linears} == {63}
+    for attention in plan.attentions:
+        assert [getattr(attention, operand).bits for operand in "qkpv"] == [8, 7, 8, 7]
+
+
+def test_the_full_range_is_refused_where_it_would_saturate(compile_zoo, monkeypatch):
+    monkeypatch.setattr("mptqc.compiler.saturates_here", lambda: True)
+    with pytest.raises(RecipeError, match="AVX2 without VNNI"):
+        compile_zoo("vit", "w8a8", reduce_range=False, **compile_zoo.quick)
+
+
+@pytest.mark.skipif(saturates_here(), reason="8-bit products saturate on this machine")
+def test_the_full_range_uses_it(compile_zoo):
+    plan = compile_zoo("vit", "w8a8", reduce_range=False, **compile_zoo.quick).compiled.plan
+    assert {layer.weight_bits for layer in plan.layers} == {8}
+    assert {attention.k.bits for attention in plan.attentions} == {8}
 
 
 def test_cpu_target_gives_the_same_numbers(compile_zoo, zoo_samples):

@@ -78,7 +78,9 @@ void linear() {
   const int64_t rows = size(0, 40), inputs = size(0, 200), outputs = size(0, 150);
   const int64_t blocked = (outputs + 15) / 16 * 16, padded = (outputs + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
   const auto input = codes(rows * inputs);
-  const auto weight = codes(blocked * ((inputs + 3) / 4 * 4));
+  auto weight = codes(blocked * ((inputs + 3) / 4 * 4));
+  const int bits = static_cast<int>(size(2, 8));
+  for (auto& code : weight) code = static_cast<uint8_t>(static_cast<int8_t>(code) >> (8 - bits));
   const auto residual = floats(rows * outputs), scale = floats(padded), bias = floats(padded);
   const auto rows_table = table(rows);
   std::vector<int32_t> offset(padded);
@@ -101,6 +103,7 @@ void linear() {
   arguments.table_size = rows;
   arguments.table = rows_table.data();
   arguments.quantizer = quantized ? &output : nullptr;
+  arguments.largest_weight = mptqc_linear_largest_weight(blocks, inputs, outputs);
   compare("linear", arguments, rows * outputs * (quantized ? 1 : 4), mptqc_linear_tasks(&arguments), mptqc_linear_run);
 }
 

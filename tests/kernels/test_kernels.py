@@ -104,6 +104,23 @@ def test_linear_sums_extreme_codes_exactly(kernels, extreme):
     assert np.array_equal(kernels.linear(a, weight, ones, zeros, **arguments), expected)
 
 
+@pytest.mark.parametrize("largest", [1, 2, 4, 5, 8, 15, 16, 17, 21, 32, 63, 64, 65])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 3, 5), (5, 8, 16), (6, 131, 33), (13, 530, 70)])
+def test_linear_of_small_weights_is_exact_at_their_limit(kernels, largest, rows, inputs, outputs):
+    generator = np.random.default_rng(largest)
+    a = generator.choice(np.array([0, 254, 255], np.uint8), (rows, inputs), p=[0.01, 0.01, 0.98])
+    weight = np.full((inputs, outputs), -largest, np.int8)
+    weight[:, 1::2] = np.abs(weight[:, 1::2])
+    weight[:, 2::3] = generator.integers(-largest, largest + 1, weight[:, 2::3].shape)
+    ones, zeros = np.ones(outputs, np.float32), np.zeros(outputs, np.float32)
+    expected = ops.linear(a, weight, ones, zeros, input_scale=1.0, input_zero_point=3)
+    for weight_is_known in (False, True):
+        actual = kernels.linear(
+            a, weight, ones, zeros, input_scale=1.0, input_zero_point=3, weight_is_known=weight_is_known
+        )
+        assert np.array_equal(actual, expected)
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_linear_with_gelu(kernels, kernels_of, quantizer):
     generator = np.random.default_rng(2)

@@ -196,7 +196,7 @@ def shifted_windows(smoothed: Callable[..., ir.Model]) -> tuple[ir.Model, QuantP
     image = "float[n, 4, 4, 12]"
     model = smoothed(f"{image} x", f"{image} y", SHIFTED_WINDOWS, {"n": "norm00", "product": "linear00"}, arrays)
     layer = LayerPlan(site="linear00", weight_bits=8, input=Uniform(bits=8, scale=0.03, zero_point=128))
-    scale = np.abs(arrays["weight"]).max(axis=0) / np.float32(127)
+    scale = np.abs(arrays["weight"]).max(axis=0) / np.float32(63)  # more saturates on AVX2
     return model, QuantPlan(model_digest="0", recipe=Recipe(), layers=(layer,), arrays={"linear00/weight_scale": scale})
 
 
