@@ -20,7 +20,7 @@ from mptqc.runtime.session import create_session, run_arrays
 
 Array = NDArray[np.generic]
 
-MEMORY_BYTES = 900_000_000
+MEMORY_BYTES = 700_000_000
 
 
 class Frontier:
