@@ -18,6 +18,12 @@ from mptqc.recipe import Coverage, Recipe
 OPERANDS = ("q", "k", "p", "v")
 WEIGHT, INPUT, TENSOR = "weight", "input", "tensor"
 
+RIGHT_OPERANDS = (WEIGHT, "k", "v")
+"""Of the products, of int8 codes: `Recipe.reduce_range` gives them REDUCED_BITS at most."""
+
+REDUCED_BITS = 7
+"""255 · 64 · 2 = 32640: two products of a uint8 code and one of 7 bits fit 16 bits together."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 Bits = tuple[int, ...]
 """Bits of every variable, in the order of the variables."""
@@ -120,20 +126,16 @@ def find_products(model: ir.Model, shapes: Shapes, variables: list[BitVariable])
     return products
 
 
-REDUCED = (WEIGHT, "k", "v")
-"""The right operands of products, of int8 codes: what `Recipe.reduce_range` keeps within REDUCED_BITS."""
-
-REDUCED_BITS = 7
-"""255 · 64 · 2 = 32640: a pair of products with a uint8 code each fits 16 bits."""
-
-
 def _widths(recipe: Recipe, site: str, what: str) -> tuple[int, ...]:
     """Of a weight, or of an activation of some kind (`recipe.ACTIVATION_KINDS`)."""
-    most = REDUCED_BITS if recipe.reduce_range and what in REDUCED else 8
-    return tuple(dict.fromkeys(min(width, most) for width in _wanted_widths(recipe, site, what)))
+    widths = _wanted_widths(recipe, site, what)
+    if recipe.reduce_range and what in RIGHT_OPERANDS:
+        return tuple(sorted({min(width, REDUCED_BITS) for width in widths}))
+    return widths
 
 
 def _wanted_widths(recipe: Recipe, site: str, what: str) -> tuple[int, ...]:
+    """The same, before `reduce_range`."""
     kind = Kind.WEIGHT if what == WEIGHT else Kind.ACTIVATION
     fixed = recipe.fixed_bits_of(site)
     pinned = fixed.weight_bits if kind is Kind.WEIGHT else fixed.activation_bits
