@@ -97,10 +97,10 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
   scale.resize(padded);
   bias.resize(padded);
   std::vector<int32_t> offset(padded);
-  mptqc_linear_offset(Backend::Constant<int8_t>(weight).begin(), groups_ * kBlockInputs, outputs_,
-                      code(node, "input_zero_point"), offset.data());
-  largest_weight_ =
-      mptqc_linear_largest_weight(Backend::Constant<int8_t>(weight).begin(), groups_ * kBlockInputs, outputs_);
+  const Backend::Constant<int8_t> codes(weight);
+  const int64_t inputs = groups_ * kBlockInputs;
+  mptqc_linear_offset(codes.begin(), inputs, outputs_, code(node, "input_zero_point"), offset.data());
+  largest_weight_ = mptqc_linear_largest_weight(codes.begin(), inputs, outputs_);
   scale_ = Backend::Array<float>(scale);
   bias_ = Backend::Array<float>(bias);
   offset_ = Backend::Array<int32_t>(offset);

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import pytest
 
 from mptqc.compiler import apply_plan, compile_model, load_canonical
 from mptqc.data.preprocess import from_metadata
 from mptqc.data.preprocess_sources import load_preprocessing
 from mptqc.errors import ModelError, PlanError, RecipeError
+from mptqc.graph.compiled_file import load_compiled
 from mptqc.graph.integer_products import find_integer_products, stored_weight
 from mptqc.graph.io import load_model, serialize
 from mptqc.graph.match import find_linears
@@ -56,7 +55,7 @@ def test_no_pair_of_products_passes_16_bits(compile_zoo):
     plan = file.compiled.plan
     assert {layer.weight_bits for layer in plan.layers} == {7}
     assert {layer.input.bits for layer in plan.layers} == {8}
-    linears = [product for product in find_integer_products(ir.from_proto(onnx.load(file.path))) if product.is_linear]
+    linears = [product for product in find_integer_products(load_compiled(file.path)[0]) if product.is_linear]
     assert len(linears) == len(plan.layers)
     assert {int(stored_weight(product).codes.max()) for product in linears} == {63}
     for attention in plan.attentions:
