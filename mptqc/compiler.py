@@ -18,6 +18,7 @@ from mptqc.analysis.observe import Progress
 from mptqc.analysis.pareto import path_of, point_at
 from mptqc.analysis.planner import float_layers, plan_folds, plan_quantizers
 from mptqc.analysis.shapes import concrete_shapes
+from mptqc.analysis.weights import with_trellis_codes
 from mptqc.analysis.widths import at_bits, bits_of
 from mptqc.data.augment import augmented
 from mptqc.data.preprocess import METADATA_KEY
@@ -281,8 +282,9 @@ def marked(model: ir.Model) -> ir.Model:
 
 def emit(model: ir.Model, plan: QuantPlan) -> None:
     """Smoothed to quantized, in place: standard ONNX that knows its plan."""
+    plan = with_trellis_codes(model, plan)
     quantize(model, plan)
-    run_passes(model, [PackWeights()])
+    run_passes(model, [PackWeights(plan)])
     model.metadata_props[PLAN_KEY] = without_steps(plan).model_dump_json()
     if plan.preprocess is not None:
         model.metadata_props[METADATA_KEY] = plan.preprocess

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save
 from mptqc.errors import OutputError, PlanError
 from mptqc.graph.files import write_together
 from mptqc.recipe import Bits, Loss, Recipe, TensorKind
+from mptqc.reference import trellis
 
 PLAN_FORMAT = 1
 PLAN_KEY = "mptqc.plan"
@@ -84,11 +85,19 @@ ActivationQuantizer = Annotated[Uniform | MultiRegion, Field(discriminator="kind
 
 
 class LayerPlan(Frozen):
-    """A Linear. Array `<site>/weight_scale` [N]; `<site>/weight_codes` if they are not the nearest ones."""
+    """A Linear. Array `<site>/weight_scale` [N]; `<site>/weight_codes` if they are not the nearest ones.
+
+    If `trellis`, the codes mean what `mptqc.reference.trellis` says, else each is its weight in units of the scale.
+    """
 
     site: str
     weight_bits: Bits
     input: ActivationQuantizer
+    trellis: bool = False
+
+    def integers(self, codes: NDArray[np.int8]) -> NDArray[np.int8]:
+        """What the product multiplies by: weights [K, N] in units of their scales, of their codes."""
+        return trellis.decode(codes, self.weight_bits) if self.trellis else codes
 
 
 class AttentionPlan(Frozen):
@@ -249,6 +258,11 @@ class QuantPlan(Frozen):
                 "another model"
             )
         return array
+
+    def codes(self, site: str) -> NDArray[np.int8] | None:
+        """The codes of a Linear's weight, if the plan has them."""
+        found = self.arrays.get(f"{site}/weight_codes")
+        return None if found is None else found.astype(np.int8, copy=False)
 
     def scales(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """One float32 array of scales.

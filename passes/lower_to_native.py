@@ -207,7 +207,7 @@ def _lower_linear(found: LinearPattern) -> None:
     anchor = _maker(found.output)
     build = Builder(anchor, product.site)
     weight = stored_weight(product)
-    inputs, outputs = weight.codes.shape
+    inputs, outputs = weight.integers.shape
     bias = build.constant("bias", np.zeros(outputs, np.float32)) if product.bias is None else product.bias
     operands: list[ir.Value | None] = [
         product.left,

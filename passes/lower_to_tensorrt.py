@@ -127,7 +127,7 @@ def _lower(product: IntegerProduct) -> None:
     build = Builder(product.last, product.site)
     right = product.right
     if product.is_linear:
-        codes = stored_weight(product).codes
+        codes = stored_weight(product).integers
         zeros = np.zeros(codes.shape[1], np.int8)
         operands = [build.constant("codes", codes), product.right_scale, build.constant("zeros", zeros)]
         right = build.op("DequantizeLinear", operands, {"axis": 1}, name="weight")

@@ -39,10 +39,10 @@ class QuantizeLinears(Pass):
             PlanError: a planned Linear is missing, or its arrays or quantizer do not fit it.
         """
         found = find_planned_linears(model, self.plan)
-        codes = {layer.site: weight_codes(linear, layer, self.plan) for linear, layer in found}
+        weights = {layer.site: integer_weight(linear, layer, self.plan) for linear, layer in found}
         emitter = QuantizerEmitter({(linear.matmul, 0): Operand(layer.input) for linear, layer in found})
         for linear, layer in found:
-            node = _quantize(linear, codes[layer.site], self.plan.array(f"{layer.site}/weight_scale"), emitter)
+            node = _quantize(linear, weights[layer.site], self.plan.array(f"{layer.site}/weight_scale"), emitter)
             node.metadata_props.update({SITE_KEY: layer.site, WEIGHT_BITS_KEY: str(layer.weight_bits)})
         remove_dead(model)
         return PassResult(model, len(found))
@@ -65,8 +65,8 @@ def find_planned_linears(model: ir.Model, plan: QuantPlan) -> list[tuple[Linear,
     return found
 
 
-def weight_codes(linear: Linear, layer: LayerPlan, plan: QuantPlan) -> NDArray[np.int8]:
-    """The planned codes of a Linear's weight, [K, N] int8: the plan's own, or the nearest ones at its scales.
+def integer_weight(linear: Linear, layer: LayerPlan, plan: QuantPlan) -> NDArray[np.int8]:
+    """A Linear's weight in units of its scales, [K, N] int8: of the plan's codes, or of the nearest ones.
 
     Raises:
         PlanError: codes or scales are missing, of the wrong shape, or out of range.
@@ -79,6 +79,8 @@ def weight_codes(linear: Linear, layer: LayerPlan, plan: QuantPlan) -> NDArray[n
             "belongs to another model"
         )
     planned = plan.arrays.get(f"{layer.site}/weight_codes")
+    if planned is None and layer.trellis:
+        raise PlanError(f"{layer.site}: the plan has no codes of this weight, which a trellis codes; it is damaged")
     if planned is None:
         return quantize_weight(linear.weight, scale, layer.weight_bits)
     low, high = weight_limits(layer.weight_bits)
@@ -87,11 +89,11 @@ def weight_codes(linear: Linear, layer: LayerPlan, plan: QuantPlan) -> NDArray[n
             f"{layer.site}: weight_codes are {planned.dtype} {planned.shape} from {planned.min()} to {planned.max()}; "
             f"expected int8 {(inputs, outputs)} from {low} to {high}: the plan belongs to another model"
         )
-    return planned.astype(np.int8, copy=False)
+    return layer.integers(planned.astype(np.int8, copy=False))
 
 
 def _quantize(
-    linear: Linear, codes: NDArray[np.int8], scale: NDArray[np.float32], emitter: QuantizerEmitter
+    linear: Linear, weight: NDArray[np.int8], scale: NDArray[np.float32], emitter: QuantizerEmitter
 ) -> ir.Node:
     """Rewrite one Linear and return its MatMulInteger."""
     site = linear.site
@@ -100,7 +102,7 @@ def _quantize(
     both_scales = build.op(
         "Mul", [emitter.open_scale(x, build, "open_scale"), build.constant("weight_scale", scale)], name="product_scale"
     )
-    node, product = emit_product(x, build.constant("weight", codes), None, both_scales, build, "product")
+    node, product = emit_product(x, build.constant("weight", weight), None, both_scales, build, "product")
     product.shape = linear.matmul.outputs[0].shape
     linear.add.replace_input_with(1 - linear.bias_index, product)
     linear.add.name = f"{site}/add_bias"

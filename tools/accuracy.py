@@ -51,7 +51,7 @@ STEPS: Mapping[str, Options] = {
     "+ choice by output error": {"range_method": "output"},
     "+ compensation": {"compensation": True},
 }
-BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
+BITS = ("w8a8", "w6a6", "w4a8", "w3a8", "w2a8", "w4a4", "w3a3")
 WITHOUT: Mapping[str, Options] = {
     "default": {},
     "ranges by MSE": {"range_method": "mse"},

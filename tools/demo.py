@@ -37,6 +37,7 @@ ZOO = Path(__file__).parents[1] / "zoo"
 EVALUATION_BATCH = 50
 MEGABYTE = 1e6
 
+PRESETS = ("w8a8", "w4a8", "w3a8", "w2a8", "w4a4", "w3a3")
 VIEWS = EFFORTS[Effort.BALANCED]["views"]
 Options = Mapping[str, object]
 Report = Callable[[str, int, int], None]
@@ -73,7 +74,7 @@ def main() -> None:
         "calibration_images": arguments.samples,
     }
     options = {"samples": arguments.samples}
-    recipes = {f"mptqc {preset.upper()}": (preset, options) for preset in ("w8a8", "w6a6", "w4a4", "w3a3")}
+    recipes = {f"mptqc {preset.upper()}": (preset, options) for preset in PRESETS}
     zoo = Job(arguments.model, arguments.calibration, arguments.preprocess, recipes)
     trained = measure(zoo, arguments, arguments.data)
     console.print(as_table(f"{arguments.model.stem} of the zoo: accuracy, size, speed", trained))
@@ -120,6 +121,7 @@ def speed_job(folder: Path) -> Job:
     recipes = {
         "mptqc W8A8": ("w8a8", quick),
         "mptqc W8A8 cpu": ("w8a8", {**quick, "target": "cpu"}),
+        "mptqc W4A8": ("w4a8", {**quick, "trellis": False}),  # it changes the session's start, no more
         "mptqc W4A4": ("w4a4", quick),
     }
     return Job(model, images, None, recipes)

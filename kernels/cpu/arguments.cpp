@@ -40,6 +40,12 @@ bool is_sound(const mptqc_patches& a) {
          a.patch_width > 0 && a.height % a.patch_height == 0 && a.width % a.patch_width == 0 && is_sound(a.quantizer);
 }
 
+bool is_sound(const mptqc_trellis& a) {
+  if (!is_size(a.rows) || !is_size(a.columns) || a.bits < 2 || a.bits > 5 || a.taps < 2 || a.taps > 6) return false;
+  const int window = a.bits * a.taps;
+  return window >= 10 && window <= 12 && a.first_state >= 0 && a.first_state < 1 << window;
+}
+
 }  // namespace mptqc
 
 using namespace mptqc;

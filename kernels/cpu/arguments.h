@@ -9,5 +9,6 @@ bool is_sound(const mptqc_layer_norm& arguments);
 bool is_sound(const mptqc_linear& arguments);
 bool is_sound(const mptqc_attention& arguments);
 bool is_sound(const mptqc_patches& arguments);
+bool is_sound(const mptqc_trellis& arguments);
 
 }  // namespace mptqc

@@ -30,7 +30,7 @@ void linear_avx2(const mptqc_linear& a, int64_t task) {
 }  // namespace
 
 const Implementation kAvx2 = {Kernels<LanesAvx2>::layer_norm, linear_avx2, Kernels<LanesAvx2>::attention,
-                              Kernels<LanesAvx2>::patches};
+                              Kernels<LanesAvx2>::patches, Kernels<LanesAvx2>::trellis};
 }  // namespace mptqc
 
 #if defined(__clang__)

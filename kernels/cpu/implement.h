@@ -6,6 +6,7 @@
 #include "layer_norm.h"
 #include "linear.h"
 #include "patches.h"
+#include "trellis.h"
 
 namespace mptqc {
 
@@ -17,8 +18,9 @@ struct Kernels {
     AttentionTask<L>(a, scratch).run(task);
   }
   static void patches(const mptqc_patches& a, int64_t task) { PatchesTask<L>(a).run(task); }
+  static void trellis(const mptqc_trellis& a, int64_t task, uint8_t* scratch) { run_trellis<L>(a, task, scratch); }
 
-  static constexpr Implementation table() { return {layer_norm, linear, attention, patches}; }
+  static constexpr Implementation table() { return {layer_norm, linear, attention, patches, trellis}; }
 };
 
 }  // namespace mptqc

@@ -11,6 +11,7 @@ struct Implementation {
   void (*linear)(const mptqc_linear&, int64_t task);
   void (*attention)(const mptqc_attention&, int64_t task, uint8_t* scratch);
   void (*patches)(const mptqc_patches&, int64_t task);
+  void (*trellis)(const mptqc_trellis&, int64_t task, uint8_t* scratch);
 };
 
 extern const Implementation kPortable;

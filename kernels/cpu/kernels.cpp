@@ -40,6 +40,7 @@ const Implementation* find(mptqc_isa isa) {
 int64_t task_count(const mptqc_layer_norm& a) { return ceil_divide(a.rows, kLayerNormRows); }
 int64_t task_count(const mptqc_linear& a) { return chunk_count(a.rows) * ceil_divide(a.outputs, kPanel); }
 int64_t task_count(const mptqc_attention& a) { return a.batch * a.heads * chunk_count(a.rows); }
+int64_t task_count(const mptqc_trellis& a) { return a.rows; }
 int64_t task_count(const mptqc_patches& a) { return a.batch * (a.height / a.patch_height); }
 
 template <class Arguments>
@@ -107,5 +108,16 @@ mptqc_status mptqc_patches_run(mptqc_isa isa, const mptqc_patches* arguments, in
   const Implementation* implementation = prepare(isa, *arguments, task);
   if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
   implementation->patches(*arguments, task);
+  return MPTQC_OK;
+}
+
+int64_t mptqc_trellis_tasks(const mptqc_trellis* arguments) { return tasks(arguments); }
+
+mptqc_status mptqc_trellis_run(mptqc_isa isa, const mptqc_trellis* arguments, int64_t task) {
+  const Implementation* implementation = prepare(isa, *arguments, task);
+  if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
+  uint8_t* scratch = thread_scratch(static_cast<size_t>(trellis_scratch_bytes(*arguments)));
+  if (scratch == nullptr) return MPTQC_OUT_OF_MEMORY;
+  implementation->trellis(*arguments, task, scratch);
   return MPTQC_OK;
 }

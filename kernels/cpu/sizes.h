@@ -54,5 +54,11 @@ struct AttentionScratch {
   static int64_t line(int64_t bytes) { return round_up(bytes, 64); }
 };
 
+// Costs of all states and of all groups, then the oldest code of each group at each column.
+constexpr int64_t trellis_scratch_bytes(const mptqc_trellis& a) {
+  const int64_t states = int64_t{1} << (a.bits * a.taps), groups = states >> a.bits;
+  return (states + groups) * 4 + a.columns * groups;
+}
+
 }  // namespace
 }  // namespace mptqc

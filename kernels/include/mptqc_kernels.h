@@ -136,6 +136,21 @@ typedef struct {
 MPTQC_EXPORT int64_t mptqc_patches_tasks(const mptqc_patches* arguments);
 MPTQC_EXPORT mptqc_status mptqc_patches_run(mptqc_isa isa, const mptqc_patches* arguments, int64_t task);
 
+/* No operator, but what the compiler codes weights with: the codes of each row whose weights are nearest to it, least
+   sum_n importance[n] * (input[r, n] - weight[n])^2. A task is a row. What codes mean: docs/method.md, Trellis. */
+typedef struct {
+  int64_t rows, columns;
+  int32_t bits, taps; /* 2 to 5 bits, windows of `taps` codes: of 10 to 12 bits */
+  int32_t first_state; /* the window before a row */
+  const float* values; /* [2^(bits * taps)]: the weight of each window of unsigned codes, the newest in the lowest bits */
+  const float* input; /* [rows, columns] */
+  const float* importance; /* [columns] */
+  int8_t* output; /* the codes, [rows, columns], signed */
+} mptqc_trellis;
+
+MPTQC_EXPORT int64_t mptqc_trellis_tasks(const mptqc_trellis* arguments);
+MPTQC_EXPORT mptqc_status mptqc_trellis_run(mptqc_isa isa, const mptqc_trellis* arguments, int64_t task);
+
 #ifdef __cplusplus
 }
 #endif

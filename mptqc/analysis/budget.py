@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mptqc.analysis.bit_variables import Bits, BitVariable, Kind, Product
-from mptqc.graph.packed_weights import table_bytes, unpacking_bytes
+from mptqc.graph.packed_weights import table_bytes, trellis_bytes, unpacking_bytes
 from mptqc.recipe import Budget
 from mptqc.reference.packing import MAX_BITS, Plane, packed_bytes, planes_of
 
@@ -52,6 +52,7 @@ class FileBytes:
         upper: of each variable, how many regions above the lowest its quantizer has at each width; missing: none.
         clipping: what an activation of fewer than 8 bits takes more than one of 8: its Clip.
         region: what each upper region takes.
+        trellis: the bits of weights that a trellis codes.
     """
 
     variables: tuple[BitVariable, ...]
@@ -59,18 +60,23 @@ class FileBytes:
     upper: tuple[Mapping[int, int], ...] = ()
     clipping: int = 0
     region: int = 0
+    trellis: frozenset[int] = frozenset()
 
     def __call__(self, bits: Bits) -> int:
         """Bytes at a choice of bits."""
         tables: set[Plane] = set()
+        trellises: set[int] = set()
         total = self.rest
         for variable, number in zip(self.variables, bits, strict=True):
             if variable.kind is Kind.WEIGHT:
-                total += packed_bytes(variable.elements, number) + unpacking_bytes(number)
+                total += packed_bytes(variable.elements, number) + unpacking_bytes(
+                    number, by_trellis=number in self.trellis
+                )
                 tables |= set(planes_of(number)) if number < MAX_BITS else set()
+                trellises |= {number} & self.trellis
         narrow, regions = self._narrow(bits)
         total += narrow * self.clipping + regions * self.region
-        return total + sum(table_bytes(plane) for plane in tables)
+        return total + sum(map(table_bytes, tables)) + sum(map(trellis_bytes, trellises))
 
     def fitted(self, bits: Bits, file_bytes: int) -> "FileBytes":
         """The same, right for a file of these bits that was written."""

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.analysis.frontier import Frontier
-from mptqc.analysis.gptq import Factor, Moments, gptq, refit_bias, ridge
+from mptqc.analysis.gptq import Factor, Moments, gptq, refit_bias, ridge, rows_to_round
 from mptqc.analysis.observe import Progress
-from mptqc.analysis.weights import search_weight_scale
+from mptqc.analysis.weights import search_trellis_scale, search_weight_scale
 from mptqc.data.samples import Samples
 from mptqc.graph.edit import is_op, producer
 from mptqc.graph.layout import MOVEMENT_OPS, Shapes, readers
@@ -186,13 +186,15 @@ def _solve(fit: Moments, held_out: Moments, group: Sequence[Member]) -> dict[str
         columns = slice(start, start + member.linear.weight.shape[1])
         start = columns.stop
         part = weight[:, columns]
-        site, bits = member.layer.site, member.layer.weight_bits
+        site, bits, by_trellis = member.layer.site, member.layer.weight_bits, member.layer.trellis
         scale = search_weight_scale(part, bits, hessian.astype(np.float32))
-        codes = gptq(factor, part, scale, bits)
+        if by_trellis:
+            scale = search_trellis_scale(rows_to_round(factor, part, scale, bits), factor.counts, bits)
+        codes = gptq(factor, part, scale, bits, by_trellis=by_trellis)
         found |= {
             f"{site}/weight_scale": scale,
             f"{site}/weight_codes": codes,
-            f"{site}/bias": refit_bias(moments.of_targets(columns), codes, scale),
+            f"{site}/bias": refit_bias(moments.of_targets(columns), member.layer.integers(codes), scale),
         }
     return found
 

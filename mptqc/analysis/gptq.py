@@ -7,12 +7,15 @@
 X̂ [n, K]: the quantized input from the quantized path; target [n, N]: what the Linear should give.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mptqc.reference.quantizers import weight_limits
+from mptqc.reference import trellis
+from mptqc.reference.quantizers import quantize_weight
+from mptqc.runtime.trellis import encode
 
 Array = NDArray[np.float32]
 
@@ -146,27 +149,68 @@ class Factor:
         inverse = np.linalg.inv(hessian[np.ix_(order, order)] + np.eye(len(hessian)) * damping)
         return cls(order, np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32))
 
+    @property
+    def counts(self) -> Array:
+        """What a row's squared error counts when the rows after it have made up for it: 1/U_kk² at `order`; [K]."""
+        counts = np.empty(len(self.order), np.float32)
+        counts[self.order] = 1 / np.square(np.diag(self.upper))
+        return counts
 
-def gptq(factor: Factor, weight: Array, scale: Array, bits: int) -> NDArray[np.int8]:
-    """Codes [K, N] of W at fixed scales [N], minimising tr((Ŵ − W)ᵀH(Ŵ − W)) greedily; int8."""
-    low, high = weight_limits(bits)
+
+def gptq(factor: Factor, weight: Array, scale: Array, bits: int, *, by_trellis: bool = False) -> NDArray[np.int8]:
+    """Codes [K, N] of W at fixed scales [N], minimising tr((Ŵ − W)ᵀH(Ŵ − W)) greedily; int8.
+
+    With `by_trellis` the codes of a row are chosen together, and mean what `reference.trellis.decode` says.
+    """
+    codes = np.empty(weight.shape, np.int8)
+    importance = relative_importance(scale)
+
+    def nearest(row: int, wanted: Array) -> Array:
+        codes[row] = found = quantize_weight(wanted, scale, bits)
+        return found * scale
+
+    def nearest_by_trellis(row: int, wanted: Array) -> Array:
+        codes[row] = found = encode((wanted / scale)[None], importance, bits)[0]
+        return trellis.decode(found, bits) * scale
+
+    _sweep(factor, weight, nearest_by_trellis if by_trellis else nearest)
+    return codes
+
+
+def rows_to_round(factor: Factor, weight: Array, scale: Array, bits: int) -> Array:
+    """The rows of W as `gptq` meets them, changed by the errors of those before: [K, N]."""
+    rows = np.empty_like(weight, np.float32)
+
+    def nearest(row: int, wanted: Array) -> Array:
+        rows[row] = wanted
+        return quantize_weight(wanted, scale, bits) * scale
+
+    _sweep(factor, weight, nearest)
+    return rows
+
+
+def _sweep(factor: Factor, weight: Array, rounded: Callable[[int, Array], Array]) -> None:
+    """Round row after row: `rounded` is given a row's number and what it should be [N], and returns what it becomes."""
     order, upper = factor.order, factor.upper
     remaining = weight[order].astype(np.float32)
-    codes = np.empty(weight.shape, np.int8)
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
         errors = np.empty((stop - start, weight.shape[1]), np.float32)
         for row in range(start, stop):
-            code = np.clip(np.rint(remaining[row] / scale), low, high)
-            codes[order[row]] = code
-            error = (remaining[row] - code * scale) / upper[row, row]
+            error = (remaining[row] - rounded(int(order[row]), remaining[row])) / upper[row, row]
             remaining[row:stop] -= np.outer(upper[row, row:stop], error)
             errors[row - start] = error
         remaining[stop:] -= upper[start:stop, stop:].T @ errors
-    return codes
 
 
-def refit_bias(moments: Moments, codes: NDArray[np.int8], scale: Array) -> Array:
-    """The bias that makes the mean output right, [N]."""
-    weight = codes.astype(np.float64) * scale
+def relative_importance(scale: Array) -> Array:
+    """What an error of one unit of each output's scale counts among all outputs; [N], 1 in the mean."""
+    squared = np.square(scale, dtype=np.float64)
+    relative: Array = (squared / squared.mean()).astype(np.float32)
+    return relative
+
+
+def refit_bias(moments: Moments, integers: NDArray[np.int8], scale: Array) -> Array:
+    """The bias that makes the mean output right, [N]; integer weights [K, N]."""
+    weight = integers.astype(np.float64) * scale
     return (moments.mean_t - moments.mean_x @ weight).astype(np.float32)

@@ -35,6 +35,7 @@ class OperandRow:
         low_codes: multi-region: codes of the lowest region; else None.
         alpha: migration strength of the smoothing folded into the norm before a Linear; None if there is none.
         weight_bytes: bytes of the weight's codes in the file; 0 for all others.
+        trellis: whether a trellis codes the Linear's weight; None for all others.
         exponents: tensor: whether its channels have powers of two of their own; else None.
     """
 
@@ -51,6 +52,7 @@ class OperandRow:
     low_codes: int | None
     alpha: float | None
     weight_bytes: int
+    trellis: bool | None
     exponents: bool | None
 
 
@@ -117,8 +119,8 @@ def inspect_model(path: Path) -> Inspection:
         integer_attentions=len(plan.attentions),
         quantized_tensors=len(tensors),
         float_linears=len(find_linears(model)),
-        average_weight_bits=sum(weight.bits * weight.codes.size for weight in weights)
-        / max(sum(weight.codes.size for weight in weights), 1),
+        average_weight_bits=sum(weight.bits * weight.integers.size for weight in weights)
+        / max(sum(weight.integers.size for weight in weights), 1),
         average_activation_bits=_average_activation_bits(rows, plan),
         weight_bytes=weight_bytes,
         other_bytes=file_bytes - weight_bytes,
@@ -153,11 +155,13 @@ def _layer_rows(sites: Sequence[IntegerSite], plan: QuantPlan, path: Path) -> li
             raise _edited(
                 path, layer.site, f"planned with {layer.weight_bits} bits", f"stored with {found.weight.bits}"
             )
+        if (found.weight.trellis_codes is not None) != layer.trellis:
+            planned, stored = ("with a trellis", "without one") if layer.trellis else ("without a trellis", "with one")
+            raise _edited(path, layer.site, f"planned {planned}", f"stored {stored}")
         _check_scale(found.scales["input"], layer.input, layer.site, path)
         alpha = alphas.get(found.norm)
-        rows.append(
-            _row(layer.site, "linear", "input", layer.input, layer.weight_bits, alpha, found.weight.stored_bytes)
-        )
+        row = _row(layer.site, "linear", "input", layer.input, layer.weight_bits, alpha, found.weight.stored_bytes)
+        rows.append(replace(row, trellis=layer.trellis))
     return rows
 
 
@@ -213,6 +217,7 @@ def _row(
         low_codes=regions.low_codes if regions else None,
         alpha=alpha,
         weight_bytes=weight_bytes,
+        trellis=None,
         exponents=None,
     )
 

@@ -16,11 +16,12 @@ from mptqc.analysis.budget import FileBytes, Measure, measures_of
 from mptqc.analysis.observe import Progress
 from mptqc.analysis.scoring import Scorer
 from mptqc.analysis.sensitivity import Measured, Problem, Quantize, make_problem
-from mptqc.analysis.widths import at_bits, bits_of, quantizers_of, without_trials
+from mptqc.analysis.widths import at_bits, bits_of, is_by_trellis, quantizers_of, without_trials
 from mptqc.data.samples import Samples
 from mptqc.errors import BudgetError, RecipeError
 from mptqc.plan import BitPath, MultiRegion, QuantPlan, Step
 from mptqc.recipe import Allocator, Budget, Recipe
+from mptqc.reference.packing import MAX_BITS
 from mptqc.runtime.executors import open_executor
 
 Shapes = dict[str, tuple[int, ...]]
@@ -99,7 +100,8 @@ def allocate(
 def _fitted_bytes(variables: Sequence[BitVariable], start: Bits, plan: QuantPlan, size_of: SizeOf) -> FileBytes:
     """The arithmetic of the file's size, fitted to three files: the start, activations one and four bits narrower."""
     upper = tuple(_upper_regions(plan, variable) for variable in variables)
-    found = FileBytes(tuple(variables), upper=upper).fitted(start, size_of(plan))
+    by_trellis = frozenset(bits for bits in range(MAX_BITS) if is_by_trellis(plan.recipe, bits))
+    found = FileBytes(tuple(variables), upper=upper, trellis=by_trellis).fitted(start, size_of(plan))
     trials = []
     for fewer in (1, 4):
         narrow = tuple(

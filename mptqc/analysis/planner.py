@@ -12,8 +12,14 @@ from mptqc.analysis.observe import Observations, Progress, Rows, observe, origin
 from mptqc.analysis.ranges import Search, attention_searches, linear_input_search
 from mptqc.analysis.smoothing import Smoothing, plan_attention, plan_gelu, plan_norm
 from mptqc.analysis.tensor_planner import plan_tensors
-from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
-from mptqc.analysis.widths import at_bits, quantizer_array, without
+from mptqc.analysis.weights import (
+    largest_scale,
+    search_trellis_scale,
+    search_weight_scale,
+    second_moment,
+    trellis_codes,
+)
+from mptqc.analysis.widths import at_bits, is_by_trellis, quantizer_array, without
 from mptqc.data.samples import Samples
 from mptqc.errors import RefusalError
 from mptqc.graph.blocks import (
@@ -191,10 +197,14 @@ def plan_quantizers(model: ir.Model, shapes: Shapes, samples: Samples, plan: Qua
             moments = {name: second_moment(seen.rows[name])}
             factor = Factor.of(moments[name].astype(np.float64)) if compensated else None
         for bits in widths[f"{linear.site}/weight"]:
+            by_trellis = is_by_trellis(recipe, bits)
             scale = _weight_scale(linear, bits, recipe, moments.get(name))
             arrays[f"{linear.site}/weight_scale/{bits}"] = scale
             if factor is not None:
-                arrays[f"{linear.site}/weight_codes/{bits}"] = gptq(factor, linear.weight, scale, bits)
+                codes = gptq(factor, linear.weight, scale, bits, by_trellis=by_trellis)
+                arrays[f"{linear.site}/weight_codes/{bits}"] = codes
+            elif by_trellis and not _searched_later(recipe):
+                arrays[f"{linear.site}/weight_codes/{bits}"] = trellis_codes(linear.weight, scale, bits)
     for done, attention in enumerate(attentions):
         report("search attentions", done, len(attentions))
         searches = attention_searches(
@@ -240,8 +250,17 @@ def _scales_by_output(recipe: Recipe) -> bool:
     return recipe.range_method is RangeMethod.OUTPUT and (recipe.budget is not None or not recipe.compensation)
 
 
+def _searched_later(recipe: Recipe) -> bool:
+    """True if compensation finds scales and codes, and nothing before it needs them."""
+    return recipe.compensation and recipe.budget is None
+
+
 def _weight_scale(linear: Linear, bits: int, recipe: Recipe, moment: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    searched_later = recipe.compensation and recipe.budget is None
-    if recipe.range_method is RangeMethod.MIN_MAX or searched_later:
+    if _searched_later(recipe):
+        return largest_scale(linear.weight, bits)
+    if is_by_trellis(recipe, bits):
+        counts = np.ones(len(linear.weight), np.float32) if moment is None else np.diag(moment)
+        return search_trellis_scale(linear.weight, counts, bits)
+    if recipe.range_method is RangeMethod.MIN_MAX:
         return largest_scale(linear.weight, bits)
     return search_weight_scale(linear.weight, bits, moment)

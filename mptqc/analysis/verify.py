@@ -115,16 +115,17 @@ def verify_compiled(model: ir.Model | Path | str, plan: QuantPlan, batch: NDArra
 
 def _check_weights(products: Sequence[IntegerProduct], plan: QuantPlan) -> None:
     """The scales, and the codes where the plan has them, are the planned ones."""
+    layers = {layer.site: layer for layer in plan.layers}
     for product in products:
         if not product.is_linear:
             continue
-        codes = plan.arrays.get(f"{product.site}/weight_codes")
+        codes, layer = plan.codes(product.site), layers[product.site]
         scale = plan.array(f"{product.site}/weight_scale")
         if not np.array_equal(_array(product.right_scale), scale):
             raise VerifyError(
                 f"{product.site}: the weight scales in the model are not those of the plan; compile again"
             )
-        if codes is not None and not np.array_equal(stored_weight(product).codes, codes):
+        if codes is not None and not np.array_equal(stored_weight(product).integers, layer.integers(codes)):
             raise VerifyError(f"{product.site}: the weight codes in the model are not those of the plan; compile again")
 
 
@@ -261,7 +262,7 @@ def _expected(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What the product must give, and the magnitude that its rounding errors are relative to."""
     if product.is_linear:
-        codes = stored_weight(product).codes
+        codes = stored_weight(product).integers
         scale, bias = _array(product.right_scale), _array(product.bias)
         x = dequantize(quantizers[0], left + quantizers[0].zero_point)
         expected = integer_linear(quantizers[0], x, codes, scale, bias)

@@ -33,14 +33,15 @@ def check_native_weights(nodes: Sequence[ir.Node], plan: QuantPlan) -> None:
     Raises:
         VerifyError: they are not.
     """
+    layers = {layer.site: layer for layer in plan.layers}
     for node in nodes:
         if not is_native(node, *LINEAR_OPS):
             continue
         site = site_of(node)
-        codes = plan.arrays.get(f"{site}/weight_codes")
+        codes = plan.codes(site)
         if not np.array_equal(native_weight_scale(node), plan.array(f"{site}/weight_scale")):
             raise VerifyError(f"{site}: the weight scales in the model are not those of the plan; compile again")
-        if codes is not None and not np.array_equal(native_weight(node).codes, codes):
+        if codes is not None and not np.array_equal(native_weight(node).integers, layers[site].integers(codes)):
             raise VerifyError(f"{site}: the weight codes in the model are not those of the plan; compile again")
 
 
@@ -82,7 +83,7 @@ def _input(node: ir.Node, index: int, seen: Values) -> NDArray[Any] | None:
     if value is None:
         return None
     if index == 1 and is_native(node, *LINEAR_OPS):
-        return block_weight(native_weight(node).codes)
+        return block_weight(native_weight(node).integers)
     constant = constant_of(value)
     return seen[str(value.name)] if constant is None else constant
 

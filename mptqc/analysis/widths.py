@@ -3,7 +3,8 @@
 <variable>/quantizers    float32 [widths, 10]: bits, scale, zero point, low codes, then m and codes of three upper
                          regions; 0 where there is none
 <site>/weight_scale/<k>  float32 [N]
-<site>/weight_codes/<k>  int8 [K, N], during a search that scores weights as GPTQ rounds them
+<site>/weight_codes/<k>  int8 [K, N], during a search: of weights by a trellis, and where weights are scored as GPTQ
+                         rounds them
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,8 @@ from mptqc.plan import (
     Region,
     Uniform,
 )
+from mptqc.recipe import Recipe
+from mptqc.reference.trellis import TAPS
 
 Arrays = Mapping[str, NDArray[np.generic]]
 QuantizersByBits = Mapping[int, ActivationQuantizer]
@@ -82,7 +85,14 @@ def at_bits(plan: QuantPlan, variables: Sequence[BitVariable], bits: Mapping[str
         site = variable.sites[0]
         if variable.kind is Kind.WEIGHT:
             weight_bits = bits[variable.name]
-            layers.append(LayerPlan(site=site, weight_bits=weight_bits, input=quantizers[f"{site}/input"]))
+            layers.append(
+                LayerPlan(
+                    site=site,
+                    weight_bits=weight_bits,
+                    input=quantizers[f"{site}/input"],
+                    trellis=is_by_trellis(plan.recipe, weight_bits),
+                )
+            )
             arrays[f"{site}/weight_scale"] = plan.array(f"{site}/weight_scale/{weight_bits}")
             for what in COMPENSATED:
                 arrays.pop(f"{site}/{what}", None)
@@ -95,6 +105,11 @@ def at_bits(plan: QuantPlan, variables: Sequence[BitVariable], bits: Mapping[str
             chosen.append(tensors[site].model_copy(update={"quantizer": quantizers[variable.name]}))
     parts = {"layers": tuple(layers), "attentions": tuple(attentions), "tensors": tuple(chosen)}
     return plan.model_copy(update={**parts, "arrays": arrays})
+
+
+def is_by_trellis(recipe: Recipe, weight_bits: int) -> bool:
+    """Whether weights of so many bits are coded by a trellis."""
+    return recipe.trellis and weight_bits in TAPS
 
 
 def _quantizer(plan: QuantPlan, name: str, bits: int) -> ActivationQuantizer:

@@ -20,7 +20,9 @@ def compile(
     calibration: Annotated[
         Path, typer.Option("--calibration", help="A folder of images, an .npz (images or the input's name), an .npy.")
     ],
-    preset: Annotated[str | None, typer.Option("--preset", help="w8a8, w6a6, w5a5, w4a4, w3a3, w4a8, w3a8.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="w8a8, w6a6, w5a5, w4a4, w3a3, w4a8, w3a8, w2a8.")
+    ] = None,
     effort: Annotated[
         str,
         typer.Option(
@@ -34,6 +36,14 @@ def compile(
     activation_bits: Annotated[int | None, typer.Option("--activation-bits", help="2 to 8 (default: 8).")] = None,
     end_bits: Annotated[
         int | None, typer.Option("--end-bits", help="Of the patch embedding and the head (default: 8).")
+    ] = None,
+    trellis: Annotated[
+        bool | None,
+        typer.Option(
+            "--trellis/--no-trellis",
+            help="Code weights of 2 to 5 bits by a trellis: nearer to float at the same size, takes longer to "
+            "compile and to load (default: on with w4a8, w3a8 and w2a8).",
+        ),
     ] = None,
     reduce_range: Annotated[
         bool | None,
@@ -186,6 +196,7 @@ def compile(
         "smoothing": smoothing,
         "opt_m": opt_m,
         "attention_folds": attention_folds,
+        "trellis": trellis,
         "reduce_range": reduce_range,
         "row_scale": row_scale,
         "gelu_folds": gelu_folds,

@@ -22,9 +22,9 @@ def inspect(
     """Show what a compiled model holds: per layer bits, scales, smoothing, bytes.
 
     JSON keys: target; layers: site, kind, operand, weight_bits, activation_bits, scale, zero_point, quantizer, m,
-    split, low_codes, alpha, weight_bytes, exponents; totals: integer_linears, integer_attentions, quantized_tensors,
-    float_linears, average_weight_bits, average_activation_bits, weight_bytes, other_bytes, file_bytes, budget_bytes.
-    null where there is no such figure.
+    split, low_codes, alpha, weight_bytes, trellis, exponents; totals: integer_linears, integer_attentions,
+    quantized_tensors, float_linears, average_weight_bits, average_activation_bits, weight_bytes, other_bytes,
+    file_bytes, budget_bytes. null where there is no such figure.
     """
     inspection = inspect_model(model)
     if as_json:
@@ -50,7 +50,7 @@ def _layers_table(inspection: Inspection) -> Table:
         table.add_row(
             row.site,
             row.operand,
-            _or_dash(row.weight_bits),
+            f"{_or_dash(row.weight_bits)}{', trellis' if row.trellis else ''}",
             str(row.activation_bits),
             f"{row.scale:.4g}",
             str(row.zero_point),

@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.errors import VerifyError
-from mptqc.graph.edit import AttributeValue, Builder, constant_of, replace_value
+from mptqc.graph.edit import AttributeValue, Builder, constant_of, producer, replace_value
 from mptqc.graph.match import SITE_KEY, site_of
-from mptqc.graph.packed_weights import emit_packed
+from mptqc.graph.packed_weights import emit_packed, emit_trellis
 from mptqc.graph.stored_weight import StoredWeight, read_weight
-from mptqc.reference.custom_ops import DOMAIN, block_weight, unblock_weight
+from mptqc.reference.custom_ops import BLOCK_INPUTS, BLOCK_OUTPUTS, DOMAIN, block_weight, unblock_weight
 from mptqc.reference.packing import MAX_BITS
 
 LINEAR_OPS = ("Linear", "LinearQuantize")
@@ -67,8 +67,22 @@ def take_place(new: ir.Value, old: ir.Value) -> None:
 
 def emit_blocks(weight: StoredWeight, build: Builder) -> ir.Value:
     """The weight in blocks, of as many bits as it had."""
-    blocks = block_weight(weight.codes)
+    if weight.trellis_codes is not None:
+        return _emit_blocks(emit_trellis(weight.trellis_codes, weight.bits, build), weight.integers.shape, build)
+    blocks = block_weight(weight.integers)
     return build.constant("blocks", blocks) if weight.bits == MAX_BITS else emit_packed(blocks, weight.bits, build)
+
+
+def _emit_blocks(weight: ir.Value, shape: tuple[int, ...], build: Builder) -> ir.Value:
+    """`block_weight` of int8 [K, N] = `shape` in ONNX, where codes can not be stored in that order."""
+    padding = [-size % block for size, block in zip(shape, (BLOCK_INPUTS, BLOCK_OUTPUTS), strict=True)]
+    groups = [-(-size // block) for size, block in zip(shape, (BLOCK_INPUTS, BLOCK_OUTPUTS), strict=True)]
+    pads = build.constant("block_pads", np.array([0, 0, *padding], np.int64))
+    split = build.constant("block_shape", np.array([groups[0], BLOCK_INPUTS, groups[1], BLOCK_OUTPUTS], np.int64))
+    apart = build.op("Reshape", [build.op("Pad", [weight, pads], name="block_padded"), split], name="block_rows")
+    blocks = build.op("Transpose", [apart], {"perm": [2, 0, 3, 1]}, name="blocks")
+    blocks.shape, blocks.dtype = ir.Shape((groups[1], groups[0], BLOCK_OUTPUTS, BLOCK_INPUTS)), ir.DataType.INT8
+    return blocks
 
 
 def native_weight(node: ir.Node) -> StoredWeight:
@@ -77,16 +91,31 @@ def native_weight(node: ir.Node) -> StoredWeight:
     Raises:
         VerifyError: the weight is not stored as mptqc stores it.
     """
-    stored = read_weight(node.inputs[1], site_of(node))
     outputs = native_weight_scale(node).size
     inputs = int(node.metadata_props.get(WEIGHT_INPUTS_KEY, "-1"))
+    if (transpose := producer(node.inputs[1], "Transpose")) is not None:
+        return _weight_before_blocks(transpose, (inputs, outputs), site_of(node))
+    stored = read_weight(node.inputs[1], site_of(node))
     expected = block_weight(np.zeros((max(inputs, 0), outputs), np.int8)).shape
-    if inputs < 0 or stored.codes.shape != expected:
+    if inputs < 0 or stored.integers.shape != expected:
         raise VerifyError(
-            f"{site_of(node)}: its weight has shape {stored.codes.shape}, which is not that of blocks of "
+            f"{site_of(node)}: its weight has shape {stored.integers.shape}, which is not that of blocks of "
             f"{inputs} × {outputs}; the file was edited after it was compiled"
         )
-    return StoredWeight(unblock_weight(stored.codes, inputs, outputs), stored.bits, stored.stored_bytes)
+    return StoredWeight(unblock_weight(stored.integers, inputs, outputs), stored.bits, stored.stored_bytes)
+
+
+def _weight_before_blocks(transpose: ir.Node, shape: tuple[int, int], site: str) -> StoredWeight:
+    """What `_emit_blocks` was given."""
+    reshape = producer(transpose.inputs[0], "Reshape")
+    pad = producer(reshape.inputs[0], "Pad") if reshape is not None else None
+    stored = read_weight(pad.inputs[0] if pad is not None else None, site)
+    if stored.integers.shape != shape:
+        raise VerifyError(
+            f"{site}: its weight has shape {stored.integers.shape}, not {shape}; the file was edited after it was "
+            "compiled"
+        )
+    return stored
 
 
 def native_weight_scale(node: ir.Node) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

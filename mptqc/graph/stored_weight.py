@@ -1,6 +1,6 @@
-"""Integer weights read back from a compiled file: int8, or bit planes and what widens them."""
+"""Integer weights read back from a compiled file: int8, or bit planes and what widens them, a trellis' too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -9,19 +9,28 @@ from numpy.typing import NDArray
 from mptqc.errors import VerifyError
 from mptqc.graph.edit import constant_of, is_op, producer
 from mptqc.reference.packing import MAX_BITS
+from mptqc.reference.trellis import decode
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A Linear's weight as the file holds it: codes int8, bits and bytes of the initializers they come from."""
+    """A Linear's weight as the file holds it.
 
-    codes: NDArray[np.int8]
+    Attributes:
+        integers: what the product multiplies by, int8.
+        bits: bits of its codes.
+        stored_bytes: bytes of the initializers they come from.
+        trellis_codes: the codes, of the integers' shape, if a trellis makes those of them; else None.
+    """
+
+    integers: NDArray[np.int8]
     bits: int
     stored_bytes: int
+    trellis_codes: NDArray[np.int8] | None = None
 
 
 def read_weight(value: ir.Value | None, site: str) -> StoredWeight:
-    """The codes that `value` holds or is widened to, of its shape.
+    """The weight that `value` holds or is made to, of its shape.
 
     Raises:
         VerifyError: the weight is computed in a way that mptqc does not write.
@@ -29,6 +38,25 @@ def read_weight(value: ir.Value | None, site: str) -> StoredWeight:
     plain = constant_of(value)
     if plain is not None:
         return StoredWeight(plain.astype(np.int8, copy=False), MAX_BITS, plain.nbytes)
+    if (codes := _trellis_codes(value)) is None:
+        return _read_packed(value, site)
+    packed = _read_packed(codes, site)
+    rows = packed.integers.reshape(packed.integers.shape[0], -1)
+    return replace(packed, integers=decode(rows, packed.bits), trellis_codes=rows)
+
+
+def _trellis_codes(value: ir.Value | None) -> ir.Value | None:
+    """The packed codes behind the ops that `emit_trellis` writes; None if these are others."""
+    for op_type, position in (("Reshape", 0), ("Gather", 1), ("Cast", 0), ("Conv", 0), ("Cast", 0)):
+        node = producer(value, op_type)
+        if node is None:
+            return None
+        value = node.inputs[position]
+    return value
+
+
+def _read_packed(value: ir.Value | None, site: str) -> StoredWeight:
+    """The codes that planes are widened to."""
     last = _producer(value)
     while is_op(last, "Add") and last is not None:
         last = _producer(last.inputs[1])

@@ -4,7 +4,7 @@ import pytest
 
 from mptqc.analysis.bit_variables import BitVariable, Kind, Product
 from mptqc.analysis.budget import FileBytes, average_bits, average_of, bit_operations, measures_of
-from mptqc.graph.packed_weights import table_bytes, unpacking_bytes
+from mptqc.graph.packed_weights import table_bytes, trellis_bytes, unpacking_bytes
 from mptqc.recipe import Budget
 from mptqc.reference.packing import planes_of
 
@@ -41,6 +41,15 @@ def test_bytes_follow_the_bits_of_weights():
     assert count((8, 3, 8, 3)) == count(eight)
     (plane,) = planes_of(4)
     assert count((4, 8, 8, 8)) - count(eight) == -150 + unpacking_bytes(4) + table_bytes(plane)
+
+
+def test_weights_that_a_trellis_codes_take_its_ops_and_one_table_for_all():
+    plain = FileBytes(VARIABLES, rest=5000)
+    count = FileBytes(VARIABLES, rest=5000, trellis=frozenset({2, 4}))
+    more = unpacking_bytes(2, by_trellis=True) - unpacking_bytes(2)
+    assert more > 0
+    assert count((2, 8, 2, 8)) - plain((2, 8, 2, 8)) == 2 * more + trellis_bytes(2)
+    assert count((6, 8, 8, 8)) == plain((6, 8, 8, 8))
 
 
 def test_bytes_are_fitted_to_a_written_file():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mptqc.analysis.gptq import Factor, Moments, gptq, refit_bias, ridge
-from mptqc.analysis.weights import largest_scale
+from mptqc.analysis.gptq import Factor, Moments, gptq, refit_bias, ridge, rows_to_round
+from mptqc.analysis.weights import largest_scale, search_trellis_scale, search_weight_scale, trellis_codes
 from mptqc.reference.quantizers import quantize_weight, weight_limits
+from mptqc.reference.trellis import TAPS, decode
 
 Array = NDArray[np.float32]
 FLOAT32_SUM = 1e-4
@@ -51,6 +52,29 @@ def test_gptq_codes_are_in_range_and_better_than_nearest(bits: int) -> None:
     assert codes.max() <= high
     nearest = output_error(x, quantize_weight(weight, scale, bits) * scale, x @ weight)
     assert output_error(x, codes * scale, x @ weight) < 0.7 * nearest
+
+
+@pytest.mark.parametrize("bits", sorted(TAPS))
+def test_gptq_codes_of_a_trellis_are_better_than_the_nearest(bits: int) -> None:
+    x = correlated_rows(600, 150, 2)
+    weight = np.random.default_rng(3).standard_normal((150, 19)).astype(np.float32)
+    hessian = moments_of(x, x @ weight).hessian
+    factor = Factor.of(hessian)
+    uniform_scale = search_weight_scale(weight, bits, hessian.astype(np.float32))
+    scale = search_trellis_scale(rows_to_round(factor, weight, uniform_scale, bits), factor.counts, bits)
+    codes = gptq(factor, weight, scale, bits, by_trellis=True)
+    nearest = output_error(x, decode(trellis_codes(weight, scale, bits), bits) * scale, x @ weight)
+    assert output_error(x, decode(codes, bits) * scale, x @ weight) < 0.7 * nearest
+
+
+def test_rows_come_to_be_rounded_as_the_errors_before_leave_them() -> None:
+    x = correlated_rows(600, 150, 2)
+    weight = np.random.default_rng(3).standard_normal((150, 19)).astype(np.float32)
+    factor, scale = Factor.of(moments_of(x, x @ weight).hessian), largest_scale(weight, 4)
+    rows, codes = rows_to_round(factor, weight, scale, 4), gptq(factor, weight, scale, 4)
+    np.testing.assert_array_equal(rows[factor.order[0]], weight[factor.order[0]])
+    np.testing.assert_array_equal(quantize_weight(rows, scale, 4), codes)
+    assert not np.array_equal(quantize_weight(weight, scale, 4), codes)
 
 
 def test_gptq_of_independent_inputs_is_rounding_to_nearest() -> None:

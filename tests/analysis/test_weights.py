@@ -4,8 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptqc.analysis.observe import Rows
-from mptqc.analysis.weights import largest_scale, search_weight_scale, second_moment
+from mptqc.analysis.weights import (
+    largest_scale,
+    search_trellis_scale,
+    search_weight_scale,
+    second_moment,
+    trellis_codes,
+)
 from mptqc.reference.quantizers import quantize_weight, weight_limits
+from mptqc.reference.trellis import TAPS, decode, deviation
 
 Array = np.ndarray
 BITS = st.integers(2, 8)
@@ -97,3 +104,34 @@ def test_second_moment_weighs_rows():
     values, weights = random.normal(size=(20, 3)), random.uniform(1, 9, 20)
     expected = sum(w * np.outer(x, x) for w, x in zip(weights, values, strict=True)) / weights.sum()
     np.testing.assert_allclose(second_moment(rows_of(values, weights)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", sorted(TAPS))
+def test_scales_for_a_trellis_follow_the_tails(bits):
+    random = np.random.default_rng(bits)
+    weight = np.concatenate([random.uniform(-1, 1, (400, 40)), random.standard_t(3, (400, 40))], axis=1)
+    weight = (weight / weight.std(axis=0)).astype(np.float32)
+    scale = search_trellis_scale(weight, np.ones(len(weight), np.float32), bits)
+    assert np.median(scale[:40]) < np.median(scale[40:])
+    fixed = np.full(80, 1 / deviation(bits), np.float32)
+    found, plain = (
+        np.square(decode(trellis_codes(weight, one, bits), bits) * one - weight).sum() for one in (scale, fixed)
+    )
+    assert found < plain
+
+
+def test_scales_for_a_trellis_keep_what_counts():
+    weight = np.random.default_rng(0).standard_normal((200, 3)).astype(np.float32)
+    weight[101] = 5.0
+    counts = np.ones(200, np.float32)
+    plain = search_trellis_scale(weight, counts, 2)
+    counts[101] = 40
+    assert (search_trellis_scale(weight, counts, 2) > plain).all()
+
+
+def test_a_channel_of_zeros_gets_a_scale_above_zero_for_a_trellis_too():
+    weight = np.zeros((4, 2), np.float32)
+    scale = search_trellis_scale(weight, np.ones(4, np.float32), 3)
+    assert (scale > 0).all()
+    assert scale.dtype == np.float32
+    assert np.isfinite(decode(trellis_codes(weight, scale, 3), 3) * scale).all()

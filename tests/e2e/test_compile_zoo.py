@@ -57,7 +57,7 @@ def test_no_pair_of_products_passes_16_bits(compile_zoo):
     assert {layer.input.bits for layer in plan.layers} == {8}
     linears = [product for product in find_integer_products(load_compiled(file.path)[0]) if product.is_linear]
     assert len(linears) == len(plan.layers)
-    assert {int(stored_weight(product).codes.max()) for product in linears} == {63}
+    assert {int(stored_weight(product).integers.max()) for product in linears} == {63}
     for attention in plan.attentions:
         assert [getattr(attention, operand).bits for operand in "qkpv"] == [8, 7, 8, 7]
 

@@ -42,8 +42,8 @@ def test_a_stored_weight_is_read_back(block: MakeModel, block_plan: MakePlan, bi
         if product.is_linear:
             stored = stored_weight(product)
             scale = plan.array(f"{product.site}/weight_scale")
-            assert np.array_equal(stored.codes, quantize_weight(weights[product.site], scale, bits))
-            assert (stored.bits, stored.stored_bytes) == (bits, stored.codes.size * bits // 8)
+            assert np.array_equal(stored.integers, quantize_weight(weights[product.site], scale, bits))
+            assert (stored.bits, stored.stored_bytes) == (bits, stored.integers.size * bits // 8)
 
 
 def test_sources_are_the_floats_that_are_quantized(block: MakeModel, block_plan: MakePlan) -> None:

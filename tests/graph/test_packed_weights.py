@@ -5,22 +5,23 @@ import onnx_ir as ir
 import pytest
 
 from mptqc.graph.edit import Builder
-from mptqc.graph.packed_weights import emit_packed, table_bytes, unpacking_bytes
+from mptqc.graph.packed_weights import emit_packed, emit_trellis, table_bytes, trellis_bytes, unpacking_bytes
 from mptqc.reference.packing import packed_bytes, planes_of
+from mptqc.reference.trellis import TAPS
 
 SITES = ("block00.q", "block00.fc1", "block11.proj")
 NAMES = 12 * 8 * 2
 """Names of other lengths: a dozen values a weight, whose names differ by a few letters."""
 
 
-def file_bytes(codes, bits):
+def file_bytes(codes, bits, emit=emit_packed):
     inputs = [ir.val(site, dtype=ir.DataType.INT8, shape=ir.Shape(codes.shape)) for site in SITES]
     nodes = [ir.node("Identity", [value]) for value in inputs]
     outputs = [node.outputs[0] for node in nodes]
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 21}, name="g")
     plain = ir.to_proto(ir.Model(graph, ir_version=10)).ByteSize()
     for site, node in zip(SITES, nodes, strict=True):
-        node.replace_input_with(0, emit_packed(codes, bits, Builder(node, f"{site}/unpack")))
+        node.replace_input_with(0, emit(codes, bits, Builder(node, f"{site}/unpack")))
     return ir.to_proto(ir.Model(graph, ir_version=10)).ByteSize() - plain
 
 
@@ -34,3 +35,11 @@ def test_the_arithmetic_is_near_a_file(bits):
 
 def test_eight_bits_need_no_unpacking():
     assert unpacking_bytes(8) == 0
+
+
+@pytest.mark.parametrize("bits", sorted(TAPS))
+def test_so_it_is_of_weights_that_a_trellis_codes(bits):
+    codes = np.zeros((16, 24), np.int8)
+    shared = sum(table_bytes(plane) for plane in planes_of(bits)) + trellis_bytes(bits)
+    expected = shared + len(SITES) * (packed_bytes(codes.size, bits) + unpacking_bytes(bits, by_trellis=True))
+    assert abs(file_bytes(codes, bits, emit_trellis) - expected) <= len(SITES) * NAMES

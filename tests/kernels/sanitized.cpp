@@ -148,6 +148,22 @@ void patches() {
   compare("patches", arguments, x.size(), mptqc_patches_tasks(&arguments), mptqc_patches_run);
 }
 
+void trellis() {
+  mptqc_trellis arguments = {};
+  arguments.rows = size(0, 3);
+  arguments.columns = size(0, 40);
+  arguments.bits = static_cast<int32_t>(size(2, 5));
+  arguments.taps = arguments.bits == 5 ? 2 : 12 / arguments.bits;
+  const int64_t states = int64_t{1} << (arguments.bits * arguments.taps);
+  arguments.first_state = static_cast<int32_t>(size(0, states - 1));
+  const auto values = floats(states), x = floats(arguments.rows * arguments.columns);
+  const std::vector<float> importance(arguments.columns, 1.5f);
+  arguments.values = values.data();
+  arguments.input = x.data();
+  arguments.importance = importance.data();
+  compare("trellis", arguments, x.size(), mptqc_trellis_tasks(&arguments), mptqc_trellis_run);
+}
+
 }  // namespace
 
 int main() {
@@ -156,6 +172,7 @@ int main() {
     linear();
     attention();
     patches();
+    trellis();
   }
   return failures == 0 ? 0 : 1;
 }

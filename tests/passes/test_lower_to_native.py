@@ -12,6 +12,7 @@ from mptqc.analysis.shapes import concrete_shapes
 from mptqc.graph.edit import Builder
 from mptqc.graph.integer_sites import find_integer_sites
 from mptqc.graph.io import serialize
+from mptqc.graph.match import find_linears
 from mptqc.graph.native_nodes import Lowering, lowering_report, native_nodes
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.lower_to_native import LowerToNative
@@ -21,6 +22,8 @@ from mptqc.passes.quantize_linears import QuantizeLinears
 from mptqc.plan import LayerPlan, QuantPlan, Region, Uniform
 from mptqc.recipe import Recipe
 from mptqc.reference.custom_ops import block_weight
+from mptqc.reference.packing import packed_bytes
+from mptqc.reference.trellis import TAPS, decode
 from mptqc.runtime.session import create_session
 
 MakeModel = Callable[[], ir.Model]
@@ -50,7 +53,7 @@ SHIFTED_WINDOWS = """
 
 def lower(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, ir.Model]:
     """The portable model, and a copy of it lowered."""
-    run_passes(model, [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights()])
+    run_passes(model, [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights(plan)])
     native = ir.from_proto(ir.to_proto(model))
     LowerToNative(concrete_shapes(native), concrete_shapes(native, batch=2))(native)
     onnx.checker.check_model(ir.to_proto(native))
@@ -139,9 +142,31 @@ def test_weights_keep_their_codes_bits_and_bytes(block: MakeModel, block_plan: M
             assert after.weight is None
             continue
         assert after.weight is not None
-        assert np.array_equal(before.weight.codes, after.weight.codes)
+        assert np.array_equal(before.weight.integers, after.weight.integers)
         assert after.weight.bits == bits
-        assert after.weight.stored_bytes == block_weight(before.weight.codes).size * bits // 8
+        assert after.weight.stored_bytes == block_weight(before.weight.integers).size * bits // 8
+
+
+@pytest.mark.parametrize("bits", sorted(TAPS))
+def test_weights_keep_the_codes_of_a_trellis(block: MakeModel, block_plan: MakePlan, bits: int) -> None:
+    plan = block_plan(bits)
+    shapes = {linear.site: linear.weight.shape for linear in find_linears(block())}
+    random, limit = np.random.default_rng(bits), 2 ** (bits - 1)
+    layers = tuple(layer.model_copy(update={"trellis": True}) for layer in plan.layers)
+    codes = {
+        f"{layer.site}/weight_codes": random.integers(-limit, limit, shapes[layer.site], np.int8) for layer in layers
+    }
+    plan = plan.model_copy(update={"layers": layers}).with_arrays(codes)
+    portable, native = lower(block(), plan)
+    for before, after in zip(find_integer_sites(portable), find_integer_sites(native), strict=True):
+        if before.weight is not None:
+            assert after.weight is not None
+            planned = codes[f"{before.site}/weight_codes"]
+            for stored in (before.weight, after.weight):
+                assert np.array_equal(stored.trellis_codes, planned)
+                assert np.array_equal(stored.integers, decode(planned, bits))
+                assert (stored.bits, stored.stored_bytes) == (bits, packed_bytes(planned.size, bits))
+    assert compare_with_portable(native, portable, {"x": X}) == WHOLE_BLOCK
 
 
 def test_a_norm_is_repeated_for_another_quantizer(block: MakeModel, block_plan: MakePlan) -> None:

@@ -13,10 +13,13 @@ from mptqc.graph.edit import constant_of
 from mptqc.graph.emission import WEIGHT_BITS_KEY
 from mptqc.graph.io import serialize
 from mptqc.graph.match import SITE_KEY
+from mptqc.graph.stored_weight import read_weight
 from mptqc.passes.base import STAGE_KEY, Stage, StageError, stage_of
 from mptqc.passes.pack_weights import PackWeights
 from mptqc.passes.quantize_linears import QuantizeLinears
-from mptqc.plan import QuantPlan
+from mptqc.plan import LayerPlan, QuantPlan, Uniform
+from mptqc.recipe import Recipe
+from mptqc.reference.trellis import TAPS, decode
 from mptqc.runtime.fused_ops import optimized_op_counts
 from mptqc.runtime.session import create_session
 
@@ -73,6 +76,41 @@ def test_a_weight_takes_its_bits_in_the_file(smoothed: MakeSmoothed, bits: int) 
         if value.const_value is not None and name is not None and ("/bit" in name or name == "w")
     )
     assert stored == 96 * 64 * bits // 8
+
+
+def trellis_plan(codes: NDArray[np.int8], bits: int) -> QuantPlan:
+    """Of one weight, of site "head"."""
+    quantizer = Uniform(bits=8, scale=1.0, zero_point=0)
+    layer = LayerPlan(site="head", weight_bits=bits, input=quantizer, trellis=True)
+    return QuantPlan(model_digest="", recipe=Recipe(), layers=(layer,), arrays={"head/weight_codes": codes})
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+@pytest.mark.parametrize("bits", sorted(TAPS))
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (7, 19), (16, 64)])
+def test_onnx_runtime_decodes_a_trellis(
+    smoothed: MakeSmoothed, shape: tuple[int, int], bits: int, optimized: bool
+) -> None:
+    codes = np.random.default_rng(bits).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, np.int8)
+    weight = decode(codes, bits)
+    model = integer_weight(smoothed, weight, bits)
+    PackWeights(trellis_plan(codes, bits))(model)
+    session = create_session(serialize(model), threads=1, graph_optimization=optimized)
+    (found,) = session.run(None, {"x": np.eye(shape[0], dtype=np.uint8)})
+    assert np.array_equal(found, weight)
+    stored = read_weight(model.graph[-1].inputs[1], "head")
+    assert np.array_equal(stored.integers, weight)
+    assert stored.trellis_codes is not None and np.array_equal(stored.trellis_codes, codes)
+    assert stored.bits == bits
+
+
+@pytest.mark.parametrize("bits", sorted(TAPS))
+def test_that_too_is_done_when_the_session_is_created_and_takes_its_bits(smoothed: MakeSmoothed, bits: int) -> None:
+    codes = np.zeros((96, 64), np.int8)
+    model = integer_weight(smoothed, decode(codes, bits), bits)
+    PackWeights(trellis_plan(codes, bits))(model)
+    assert optimized_op_counts(serialize(model)) == {"MatMulInteger": 1}
+    assert read_weight(model.graph[-1].inputs[1], "head").stored_bytes == codes.size * bits // 8
 
 
 def test_eight_bits_stay_as_they_are(smoothed: MakeSmoothed) -> None:
