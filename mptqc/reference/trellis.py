@@ -36,7 +36,7 @@ def window_bits(bits: int) -> int:
 
 @cache
 def table(bits: int) -> NDArray[np.int8]:
-    """The weight of each window, [2^(kJ)] int8; read-only.
+    """The weight of each window, [2^(kJ)] int8; read-only. It never changes: without it a plan's codes mean nothing.
 
     Raises:
         KeyError: no trellis has so many bits.

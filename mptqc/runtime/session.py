@@ -116,8 +116,16 @@ def create_session(
 
 
 def session(path: str | Path, *, provider: str = "cpu", threads: int = 0) -> Session:
-    """Open a compiled model with the options that mptqc measures and verifies it with."""
-    return create_session(path, provider=provider, threads=threads)
+    """Open a compiled model with the options that mptqc measures and verifies it with.
+
+    What widening its weights took is given back to the system, where that is Linux with glibc, which would keep it.
+    """
+    made = create_session(path, provider=provider, threads=threads)
+    if sys.platform == "linux":
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if give_back is not None:
+            give_back(0)
+    return made
 
 
 def check_provider(provider: str) -> None:

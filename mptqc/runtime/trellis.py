@@ -1,6 +1,7 @@
 """Codes of weights by a trellis, in the kernel library where it is: the same codes, some twenty times faster."""
 
 import ctypes
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mptqc.reference import trellis
-from mptqc.runtime.library import chosen_isa, find_library, load_library
+from mptqc.runtime.library import HOW_TO_BUILD, chosen_isa, find_library, load_library
 from mptqc.runtime.machine import core_count
+
+logger = logging.getLogger(__name__)
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -64,6 +67,9 @@ def _kernels() -> tuple[Any, int] | None:
     """The library and the number of the instruction set that it uses here; None if none was built."""
     path = find_library()
     if path is None:
+        logger.warning(
+            "weights are coded by a trellis without the kernel library, which takes minutes: %s", HOW_TO_BUILD
+        )
         return None
     library = load_library(path)
     isa = _I32()

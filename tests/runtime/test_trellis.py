@@ -47,13 +47,14 @@ def test_rows_that_are_not_in_one_piece_are_read_right():
     assert np.array_equal(trellis.encode(strided, order, 4), reference.encode(strided, order, 4))
 
 
-def test_without_a_library_the_reference_codes(monkeypatch, tmp_path: Path):
+def test_without_a_library_the_reference_codes(monkeypatch, caplog, tmp_path: Path):
     monkeypatch.delenv(PATH_VARIABLE, raising=False)
     monkeypatch.setattr(library_module, "LIBRARY_PATH", tmp_path / "absent.so")
     called = []
     monkeypatch.setattr(reference, "encode", lambda *arguments: called.append(arguments) or np.zeros((1, 3), np.int8))
     assert trellis.encode(np.zeros((1, 3), np.float32), np.ones(3, np.float32), 4).shape == (1, 3)
     assert len(called) == 1
+    assert "without the kernel library" in caplog.text
 
 
 @pytest.mark.parametrize(
