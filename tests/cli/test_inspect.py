@@ -38,7 +38,7 @@ def test_json_has_the_documented_keys(compiled_path: Path, capsys: pytest.Captur
     assert set(shown) == {"target", "layers", "totals"}
     assert set(shown["layers"][0]) == {
         *("site", "kind", "operand", "weight_bits", "activation_bits", "scale", "zero_point", "quantizer"),
-        *("m", "split", "low_codes", "alpha", "weight_bytes", "exponents"),
+        *("m", "split", "low_codes", "alpha", "weight_bytes", "trellis", "exponents"),
     }
     assert set(shown["totals"]) == {
         *("integer_linears", "integer_attentions", "quantized_tensors", "float_linears"),
