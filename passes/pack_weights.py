@@ -39,7 +39,7 @@ class PackWeights(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Find all products whose weights have less than 8 bits, then pack those."""
         found = [node for node in find_integer_linears(model) if weight_bits_of(node) < MAX_BITS]
-        by_trellis = {} if self.plan is None else trellis_codes(self.plan)
+        by_trellis = {} if self.plan is None else _codes_by_site(self.plan)
         for node in found:
             weight = constant_of(node.inputs[1])
             assert weight is not None
@@ -53,8 +53,8 @@ class PackWeights(Pass):
         return PassResult(model, len(found))
 
 
-def trellis_codes(plan: QuantPlan) -> dict[str, NDArray[np.int8] | None]:
-    """By site, the codes of the weights that a trellis codes."""
+def _codes_by_site(plan: QuantPlan) -> dict[str, NDArray[np.int8] | None]:
+    """By site, the planned codes of the weights that a trellis codes."""
     return {layer.site: plan.codes(layer.site) for layer in plan.layers if layer.trellis}
 
 
