@@ -1,4 +1,4 @@
-"""Codes of weights by a trellis, in the kernel library where it is: the same codes, some twenty times faster."""
+"""Codes of weights by a trellis, in the kernel library where it is: the same codes, some ten times faster."""
 
 import ctypes
 import logging
