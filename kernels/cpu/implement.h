@@ -18,7 +18,7 @@ struct Kernels {
     AttentionTask<L>(a, scratch).run(task);
   }
   static void patches(const mptqc_patches& a, int64_t task) { PatchesTask<L>(a).run(task); }
-  static void trellis(const mptqc_trellis& a, int64_t task, uint8_t* scratch) { run_trellis<L>(a, task, scratch); }
+  static void trellis(const mptqc_trellis& a, int64_t task, uint8_t* scratch) { run_trellis(a, task, scratch); }
 
   static constexpr Implementation table() { return {layer_norm, linear, attention, patches, trellis}; }
 };

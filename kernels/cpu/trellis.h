@@ -12,7 +12,7 @@ namespace {
 
 // States are windows of unsigned codes, the newest in the lowest bits. Those that differ in the oldest code alone lead to
 // the same: state h * groups + g is followed by g * fan + u.
-template <class L, int kBits>
+template <int kBits>
 class TrellisRow {
  public:
   TrellisRow(const mptqc_trellis& a, uint8_t* scratch)
@@ -101,17 +101,16 @@ class TrellisRow {
   uint8_t* oldest_;
 };
 
-template <class L>
 void run_trellis(const mptqc_trellis& a, int64_t row, uint8_t* scratch) {
   switch (a.bits) {
     case 2:
-      return TrellisRow<L, 2>(a, scratch).run(row);
+      return TrellisRow<2>(a, scratch).run(row);
     case 3:
-      return TrellisRow<L, 3>(a, scratch).run(row);
+      return TrellisRow<3>(a, scratch).run(row);
     case 4:
-      return TrellisRow<L, 4>(a, scratch).run(row);
+      return TrellisRow<4>(a, scratch).run(row);
     default:
-      return TrellisRow<L, 5>(a, scratch).run(row);
+      return TrellisRow<5>(a, scratch).run(row);
   }
 }
 

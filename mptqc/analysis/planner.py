@@ -247,7 +247,7 @@ def _input_search(group: Sequence[Linear], rows: Rows, shapes: Shapes, recipe: R
 
 def _scales_by_output(recipe: Recipe) -> bool:
     """True if weight scales are judged by output error; compensation searches scales of its own, after allocation."""
-    return recipe.range_method is RangeMethod.OUTPUT and (recipe.budget is not None or not recipe.compensation)
+    return recipe.range_method is RangeMethod.OUTPUT and not _searched_later(recipe)
 
 
 def _searched_later(recipe: Recipe) -> bool:

@@ -76,8 +76,7 @@ def search_trellis_scale(rows: Array, counts: Array, bits: int) -> Array:
     scale = np.empty(rows.shape[1], np.float32)
     for stretch in STRETCHES:
         candidate = np.maximum(deviation * stretch, SMALLEST_SCALE).astype(np.float32)
-        codes = encode(rows[tried] / candidate, relative_importance(candidate), bits)
-        error = trellis.decode(codes, bits) * candidate - rows[tried]
+        error = trellis.decode(trellis_codes(rows[tried], candidate, bits), bits) * candidate - rows[tried]
         beyond = np.maximum(np.abs(rows[others]) - trellis.LARGEST * candidate, 0)
         loss = share[tried] @ error**2 / max(share[tried].sum(), SMALLEST_SCALE) + share[others] @ beyond**2
         scale = np.where(loss < best, candidate, scale)

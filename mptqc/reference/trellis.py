@@ -96,9 +96,12 @@ def encode(rows: NDArray[np.float32], importance: NDArray[np.float32], bits: int
     return made
 
 
+@cache
 def unsigned_table(bits: int) -> NDArray[np.float32]:
-    """`table` by windows of unsigned codes u = c + 2^(k−1), whose bits they are side by side; float32."""
-    return np.roll(table(bits), first_state(bits)).astype(np.float32)
+    """`table` by windows of unsigned codes u = c + 2^(k−1), whose bits they are side by side; float32, read-only."""
+    made = np.roll(table(bits), first_state(bits)).astype(np.float32)
+    made.flags.writeable = False
+    return made
 
 
 def first_state(bits: int) -> int:
