@@ -3,7 +3,7 @@
     W int8 [K, N]
  => planes uint8 -> Cast -> Gather(table) -> (Slice ->) Reshape [K, N], summed over the planes
 
-and of a weight that a trellis codes, the planes of its codes, and behind them
+and of a weight that a trellis codes, the planes of its codes (of 4 bits, the bytes of two codes), and behind them
 
     codes int8 [K, 1, N] -> Cast -> Conv -> Cast -> Gather(table) -> Reshape [K, N]
 

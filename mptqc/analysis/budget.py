@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mptqc.analysis.bit_variables import Bits, BitVariable, Kind, Product
-from mptqc.graph.packed_weights import table_bytes, trellis_bytes, unpacking_bytes
+from mptqc.graph.packed_weights import table_bytes, tables_of, trellis_bytes, unpacking_bytes
 from mptqc.recipe import Budget
-from mptqc.reference.packing import MAX_BITS, Plane, packed_bytes, planes_of
+from mptqc.reference.packing import MAX_BITS, Plane, packed_bytes
 
 Cost = Callable[[Bits], float]
 
@@ -72,7 +72,7 @@ class FileBytes:
                 total += packed_bytes(variable.elements, number) + unpacking_bytes(
                     number, by_trellis=number in self.trellis
                 )
-                tables |= set(planes_of(number)) if number < MAX_BITS else set()
+                tables |= set(tables_of(number, by_trellis=number in self.trellis))
                 trellises |= {number} & self.trellis
         narrow, regions = self._narrow(bits)
         total += narrow * self.clipping + regions * self.region

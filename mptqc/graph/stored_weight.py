@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from mptqc.errors import VerifyError
 from mptqc.graph.edit import constant_of, is_op, producer
-from mptqc.reference.packing import MAX_BITS
+from mptqc.graph.packed_weights import PAIRED
+from mptqc.reference.packing import MAX_BITS, unpack
 from mptqc.reference.trellis import decode
 
 
@@ -38,21 +39,30 @@ def read_weight(value: ir.Value | None, site: str) -> StoredWeight:
     plain = constant_of(value)
     if plain is not None:
         return StoredWeight(plain.astype(np.int8, copy=False), MAX_BITS, plain.nbytes)
-    if (codes := _trellis_codes(value)) is None:
+    if (units := _trellis_units(value)) is None:
         return _read_packed(value, site)
-    packed = _read_packed(codes, site)
+    pairs = constant_of(units)
+    packed = _read_packed(units, site) if pairs is None else _read_pairs(pairs, odd=is_op(_producer(value), "Slice"))
     rows = packed.integers.reshape(packed.integers.shape[0], -1)
     return replace(packed, integers=decode(rows, packed.bits), trellis_codes=rows)
 
 
-def _trellis_codes(value: ir.Value | None) -> ir.Value | None:
-    """The packed codes behind the ops that `emit_trellis` writes; None if these are others."""
+def _trellis_units(value: ir.Value | None) -> ir.Value | None:
+    """What `emit_trellis` makes a weight of, codes or bytes of two; None if `value` is made by other ops."""
+    if (cut := producer(value, "Slice")) is not None:
+        value = cut.inputs[0]
     for op_type, position in (("Reshape", 0), ("Gather", 1), ("Cast", 0), ("Conv", 0), ("Cast", 0)):
         node = producer(value, op_type)
         if node is None:
             return None
         value = node.inputs[position]
     return value
+
+
+def _read_pairs(pairs: NDArray[np.generic], *, odd: bool) -> StoredWeight:
+    """The codes in bytes [K, 1, N/2] of two; `odd` if the last of each row is none."""
+    codes = unpack([pairs.reshape(-1).astype(np.uint8, copy=False)], PAIRED, (len(pairs), 2 * pairs.shape[-1]))
+    return StoredWeight(codes[:, : codes.shape[1] - odd], PAIRED, pairs.nbytes)
 
 
 def _read_packed(value: ir.Value | None, site: str) -> StoredWeight:

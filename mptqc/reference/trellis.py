@@ -61,6 +61,20 @@ def _scrambled(size: int) -> NDArray[np.uint32]:
 
 
 @cache
+def packed_table(bits: int) -> NDArray[np.int8]:
+    """`table` by a window's bits as `reference.packing` lays codes down, the first one lowest; read-only."""
+    packed = np.arange(1 << window_bits(bits))
+    total = np.zeros_like(packed)
+    for _ in range(TAPS[bits]):
+        code = packed & ((1 << bits) - 1)
+        total = (total << bits) + np.where(code >> (bits - 1), code - (1 << bits), code)
+        packed >>= bits
+    made = table(bits)[total]
+    made.flags.writeable = False
+    return made
+
+
+@cache
 def deviation(bits: int) -> float:
     """Root mean square of the table: weights of this deviation use it as it is meant."""
     return float(np.sqrt(np.mean(np.square(table(bits), dtype=np.float64))))

@@ -1,17 +1,55 @@
-"""What packed weights take in a file beyond their planes, as the arithmetic of budgets has it."""
+"""Packed weights: what ONNX Runtime widens them to, and what they take in a file beyond their planes."""
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from mptqc.graph.edit import Builder
-from mptqc.graph.packed_weights import emit_packed, emit_trellis, table_bytes, trellis_bytes, unpacking_bytes
+from mptqc.graph.packed_weights import (
+    emit_packed,
+    emit_trellis,
+    table_bytes,
+    tables_of,
+    trellis_bytes,
+    unpacking_bytes,
+)
+from mptqc.graph.stored_weight import read_weight
 from mptqc.reference.packing import packed_bytes, planes_of
-from mptqc.reference.trellis import TAPS
+from mptqc.reference.trellis import TAPS, decode
+from mptqc.runtime.session import create_session
 
 SITES = ("block00.q", "block00.fc1", "block11.proj")
 NAMES = 12 * 8 * 2
 """Names of other lengths: a dozen values a weight, whose names differ by a few letters."""
+
+
+def model_of(weights, emit, bits):
+    """A model that puts out what it widens: one int8 output a weight."""
+    inputs = [ir.val(site, dtype=ir.DataType.INT8, shape=ir.Shape(codes.shape)) for site, codes in weights.items()]
+    nodes = [ir.node("Identity", [value]) for value in inputs]
+    for node, codes in zip(nodes, weights.values(), strict=True):
+        node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.INT8, ir.Shape(codes.shape)
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph([], outputs, nodes=nodes, opset_imports={"": 17}, name="g")
+    for node, (site, codes) in zip(nodes, weights.items(), strict=True):
+        node.replace_input_with(0, emit(codes, bits, Builder(node, f"{site}/unpack")))
+    return ir.to_proto(ir.Model(graph, ir_version=9))
+
+
+@pytest.mark.parametrize("outputs", [1, 16, 17])
+@pytest.mark.parametrize("bits", sorted(TAPS))
+def test_a_trellis_codes_are_widened_to_its_weights_and_read_back(bits, outputs):
+    random = np.random.default_rng(bits)
+    weights = {site: random.integers(-(1 << bits - 1), 1 << bits - 1, (8, outputs), dtype=np.int8) for site in SITES}
+    proto = model_of(weights, emit_trellis, bits)
+    made = create_session(proto.SerializeToString()).run(None, {})
+    outputs = ir.from_proto(proto).graph.outputs
+    for codes, integers, output in zip(weights.values(), made, outputs, strict=True):
+        np.testing.assert_array_equal(integers, decode(codes, bits))
+        stored = read_weight(output.producer().inputs[0], "site")
+        np.testing.assert_array_equal(stored.trellis_codes, codes)
+        np.testing.assert_array_equal(stored.integers, integers)
+        assert stored.bits == bits
 
 
 def file_bytes(codes, bits, emit=emit_packed):
@@ -40,6 +78,6 @@ def test_eight_bits_need_no_unpacking():
 @pytest.mark.parametrize("bits", sorted(TAPS))
 def test_so_it_is_of_weights_that_a_trellis_codes(bits):
     codes = np.zeros((16, 24), np.int8)
-    shared = sum(table_bytes(plane) for plane in planes_of(bits)) + trellis_bytes(bits)
+    shared = sum(map(table_bytes, tables_of(bits, by_trellis=True))) + trellis_bytes(bits)
     expected = shared + len(SITES) * (packed_bytes(codes.size, bits) + unpacking_bytes(bits, by_trellis=True))
     assert abs(file_bytes(codes, bits, emit_trellis) - expected) <= len(SITES) * NAMES
