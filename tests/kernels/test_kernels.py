@@ -1,6 +1,7 @@
 """Each implementation against the numpy reference and against the portable one, at sizes that break vector widths."""
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,6 +199,23 @@ def test_attention(kernels, kernels_of, shape, p_quantizer, added, row_scale):
         assert_context_of(actual, p, v, p_quantizer, by_row)
     else:
         assert_context_of(actual, p, v, p_quantizer)
+
+
+@pytest.mark.parametrize("largest", [1, 63, 64, 65, 127])
+@pytest.mark.parametrize("shape", [(1, 3, 7, 5, 6, 18), (2, 2, 17, 17, 40, 32), (1, 1, 131, 66, 33, 65)])
+def test_attention_of_small_keys_and_values_is_exact_at_their_limit(kernels, kernels_of, shape, largest):
+    """Codes that lie `largest` from 128 at most, most of them just there, beside queries of the largest codes."""
+    batch, heads, rows, columns, width, value_width = shape
+    generator = np.random.default_rng(largest)
+    q = generator.choice(np.array([0, 254, 255], np.uint8), (batch, rows, heads * width), p=[0.01, 0.01, 0.98])
+    k, v = (
+        generator.choice(np.array([128 - largest, 128, 128 + largest], np.uint8), (batch, columns, heads * each))
+        for each in (width, value_width)
+    )
+    k[:, 0], k[:, 1], v[:, 0], v[:, 1] = 128 - largest, 128 + largest, 128 - largest, 128 + largest
+    scales = replace(SCALES, k_scale=SCALES.k_scale / largest)
+    arguments = (q, k, v, heads, scales, PROBABILITIES[0])
+    assert np.array_equal(kernels.attention(*arguments), kernels_of("portable").attention(*arguments))
 
 
 def assert_context_of(actual, p, v, p_quantizer, by_row=None):
