@@ -3,8 +3,8 @@
     q' = qU, k' = kU      q'k'ᵀ = qkᵀ for U orthogonal
     v' = vV               Pv' = (Pv)V, and proj takes it back: W_proj -> VᵀW_proj
 
-U, V [d, d] random orthogonal, one pair for each head, by the plan's seed. Exact in real arithmetic (METHOD, recipe
-step 1). The stage does not change, as with RotateStreams.
+U, V [d, d] random orthogonal, one pair for each head, by the plan's seed. Exact in real arithmetic (METHOD,
+Rotation). The stage does not change, as with RotateStreams.
 """
 
 from dataclasses import dataclass

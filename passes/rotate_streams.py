@@ -9,7 +9,7 @@
 
     R = 11ᵀ/C + B·Q·Bᵀ, B [C, C−1] an orthonormal basis of the complement of 1, Q random orthogonal by the plan's seed.
 
-Exact in real arithmetic (METHOD, recipe step 1). The stage does not change, so the plan says once which seed was used;
+Exact in real arithmetic (METHOD, Rotation). The stage does not change, so the plan says once which seed was used;
 a second run would rotate again, which is as exact and as useless.
 """
 

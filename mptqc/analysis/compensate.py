@@ -2,7 +2,7 @@
 
 Two copies of the smoothed model advance together, one float, one quantized so far. At each Linear both inputs are at
 hand; its target is the float output and, where the output is added to the residual stream, the float stream minus the
-quantized one besides: each branch repairs the drift so far (METHOD, recipe step 6).
+quantized one besides: each branch repairs the drift so far (METHOD, Compensation).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,8 @@
-"""Weights that make up for quantization, Linear by Linear: centred ridge, GPTQ, bias (METHOD, recipe step 6).
+"""Weights that make up for quantization, Linear by Linear: centred ridge, GPTQ, bias (METHOD, Compensation).
 
     ridge   (XcᵀXc + λ·mean(diag)·I) ΔW = XcᵀRc,  R = target − (X̂W + b), λ by held-out rows
-    GPTQ    columns of H = XcᵀXc rounded one by one, the error of each spread over those to come, largest diagonal first
+    GPTQ    rows of W rounded one by one, the error of each spread over those to come by H = XcᵀXc, largest diagonal
+            first
     bias    b' = mean(target) − mean(X̂)·Ŵ
 
 X̂ [n, K]: the quantized input from the quantized path; target [n, N]: what the Linear should give.

@@ -1,4 +1,4 @@
-"""Activation quantizers, chosen by the error that they cause where the tensor is used (METHOD, recipe step 4).
+"""Activation quantizers, chosen by the error that they cause where the tensor is used (METHOD, Recipe).
 
 Linear       ‖(Q(x) − x)W‖²
 q, k         ‖(Q(q) − q)kᵀ‖², ‖q(Q(k) − k)ᵀ‖², each row's mean removed (softmax does not see it)

@@ -45,6 +45,7 @@ def load_library(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         library.mptqc_isa_name.restype = ctypes.c_char_p
+        _ = library.mptqc_trellis_run  # its newest function: an older build lacks it
     except (OSError, AttributeError) as error:
         raise ProviderError(f"the kernel library {path} does not load ({error}); {HOW_TO_BUILD}.") from error
     return library

@@ -16,6 +16,8 @@ from mptqc.runtime.machine import core_count
 logger = logging.getLogger(__name__)
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_OUT_OF_MEMORY = 2
+"""MPTQC_OUT_OF_MEMORY of mptqc_kernels.h."""
 
 
 class _Arguments(ctypes.Structure):
@@ -51,8 +53,10 @@ def encode(rows: NDArray[np.float32], importance: NDArray[np.float32], bits: int
     arguments = _Arguments(*rows.shape, bits, trellis.TAPS[bits], trellis.first_state(bits), *pointers)
 
     def run(row: int) -> None:
-        if library.mptqc_trellis_run(isa, ctypes.byref(arguments), _I64(row)) != 0:
+        status = library.mptqc_trellis_run(isa, ctypes.byref(arguments), _I64(row))
+        if status == _OUT_OF_MEMORY:
             raise MemoryError(f"no memory for the trellis of {rows.shape[1]} weights")
+        assert status == 0, f"mptqc_trellis_run: status {status}"
 
     if len(rows) == 1:
         run(0)

@@ -50,6 +50,8 @@ def test_weights_that_a_trellis_codes_take_its_ops_and_one_table_for_all():
     assert more > 0
     assert count((2, 8, 2, 8)) - plain((2, 8, 2, 8)) == 2 * more + trellis_bytes(2)
     assert count((6, 8, 8, 8)) == plain((6, 8, 8, 8))
+    added = unpacking_bytes(4, by_trellis=True) + trellis_bytes(4)  # bytes of two codes need no table of codes
+    assert count((4, 8, 8, 8)) - count((8, 8, 8, 8)) == -150 + added
 
 
 def test_bytes_are_fitted_to_a_written_file():

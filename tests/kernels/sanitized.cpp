@@ -22,6 +22,13 @@ std::vector<uint8_t> codes(int64_t count) {
   return out;
 }
 
+// Codes of so many bits around 128, as keys and values have them.
+std::vector<uint8_t> codes(int64_t count, int64_t bits) {
+  std::vector<uint8_t> out = codes(count);
+  for (uint8_t& code : out) code = static_cast<uint8_t>(128 + (static_cast<int8_t>(code) >> (8 - bits)));
+  return out;
+}
+
 std::vector<float> floats(int64_t count) {
   std::vector<float> out(count);
   for (float& x : out) x = std::normal_distribution<float>(0, 2)(generator);
@@ -116,8 +123,9 @@ void attention() {
   arguments.width = size(0, 140);
   arguments.value_width = size(0, 70);
   const auto q = codes(arguments.batch * arguments.rows * arguments.heads * arguments.width);
-  const auto k = codes(arguments.batch * arguments.columns * arguments.heads * arguments.width);
-  const auto v = codes(arguments.batch * arguments.columns * arguments.heads * arguments.value_width);
+  const int64_t bits = size(6, 8);
+  const auto k = codes(arguments.batch * arguments.columns * arguments.heads * arguments.width, bits);
+  const auto v = codes(arguments.batch * arguments.columns * arguments.heads * arguments.value_width, bits);
   const auto bias = floats(arguments.heads * arguments.rows * arguments.columns), mask = floats(arguments.columns);
   arguments.row_scale = static_cast<int32_t>(generator() % 2);
   arguments.q = q.data();
