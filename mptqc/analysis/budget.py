@@ -53,6 +53,7 @@ class FileBytes:
         clipping: what an activation of fewer than 8 bits takes more than one of 8: its Clip.
         region: what each upper region takes.
         trellis: the bits of weights that a trellis codes.
+        in_blocks: the file is for a kernel library, whose products read weights in blocks.
     """
 
     variables: tuple[BitVariable, ...]
@@ -61,6 +62,7 @@ class FileBytes:
     clipping: int = 0
     region: int = 0
     trellis: frozenset[int] = frozenset()
+    in_blocks: bool = False
 
     def __call__(self, bits: Bits) -> int:
         """Bytes at a choice of bits."""
@@ -70,7 +72,7 @@ class FileBytes:
         for variable, number in zip(self.variables, bits, strict=True):
             if variable.kind is Kind.WEIGHT:
                 total += packed_bytes(variable.elements, number) + unpacking_bytes(
-                    number, by_trellis=number in self.trellis
+                    number, by_trellis=number in self.trellis, in_blocks=self.in_blocks
                 )
                 tables |= set(tables_of(number, by_trellis=number in self.trellis))
                 trellises |= {number} & self.trellis

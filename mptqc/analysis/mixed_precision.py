@@ -101,7 +101,9 @@ def _fitted_bytes(variables: Sequence[BitVariable], start: Bits, plan: QuantPlan
     """The arithmetic of the file's size, fitted to three files: the start, activations one and four bits narrower."""
     upper = tuple(_upper_regions(plan, variable) for variable in variables)
     by_trellis = frozenset(bits for bits in range(MAX_BITS) if is_by_trellis(plan.recipe, bits))
-    found = FileBytes(tuple(variables), upper=upper, trellis=by_trellis).fitted(start, size_of(plan))
+    in_blocks = plan.recipe.target.is_native
+    plain = FileBytes(tuple(variables), upper=upper, trellis=by_trellis, in_blocks=in_blocks)
+    found = plain.fitted(start, size_of(plan))
     trials = []
     for fewer in (1, 4):
         narrow = tuple(

@@ -10,9 +10,9 @@ import onnx_ir as ir
 from mptqc.errors import VerifyError
 from mptqc.graph.edit import AttributeValue, Builder, constant_of, producer, replace_value
 from mptqc.graph.match import SITE_KEY, site_of
-from mptqc.graph.packed_weights import emit_packed, emit_trellis
+from mptqc.graph.packed_weights import emit_packed, emit_trellis, to_blocks
 from mptqc.graph.stored_weight import StoredWeight, read_weight
-from mptqc.reference.custom_ops import BLOCK_INPUTS, BLOCK_OUTPUTS, DOMAIN, block_weight, unblock_weight
+from mptqc.reference.custom_ops import DOMAIN, block_weight, unblock_weight
 from mptqc.reference.packing import MAX_BITS
 
 LINEAR_OPS = ("Linear", "LinearQuantize")
@@ -68,21 +68,9 @@ def take_place(new: ir.Value, old: ir.Value) -> None:
 def emit_blocks(weight: StoredWeight, build: Builder) -> ir.Value:
     """The weight in blocks, of as many bits as it had."""
     if weight.trellis_codes is not None:
-        return _to_blocks(emit_trellis(weight.trellis_codes, weight.bits, build), weight.integers.shape, build)
+        return to_blocks(emit_trellis(weight.trellis_codes, weight.bits, build), weight.integers.shape, build)
     blocks = block_weight(weight.integers)
     return build.constant("blocks", blocks) if weight.bits == MAX_BITS else emit_packed(blocks, weight.bits, build)
-
-
-def _to_blocks(weight: ir.Value, shape: tuple[int, ...], build: Builder) -> ir.Value:
-    """`block_weight` of int8 [K, N] = `shape` in ONNX, where codes can not be stored in that order."""
-    (inputs, outputs), padding = shape, (-shape[0] % BLOCK_INPUTS, -shape[1] % BLOCK_OUTPUTS)
-    rows, columns = (inputs + padding[0]) // BLOCK_INPUTS, (outputs + padding[1]) // BLOCK_OUTPUTS
-    pads = build.constant("block_pads", np.array([0, 0, *padding], np.int64))
-    split = build.constant("block_shape", np.array([rows, BLOCK_INPUTS, columns, BLOCK_OUTPUTS], np.int64))
-    apart = build.op("Reshape", [build.op("Pad", [weight, pads], name="block_padded"), split], name="block_rows")
-    blocks = build.op("Transpose", [apart], {"perm": [2, 0, 3, 1]}, name="blocks")
-    blocks.shape, blocks.dtype = ir.Shape((columns, rows, BLOCK_OUTPUTS, BLOCK_INPUTS)), ir.DataType.INT8
-    return blocks
 
 
 def native_weight(node: ir.Node) -> StoredWeight:
@@ -106,7 +94,7 @@ def native_weight(node: ir.Node) -> StoredWeight:
 
 
 def _weight_before_blocks(transpose: ir.Node, shape: tuple[int, int], site: str) -> StoredWeight:
-    """What `_to_blocks` was given."""
+    """What `to_blocks` was given."""
     reshape = producer(transpose.inputs[0], "Reshape")
     pad = producer(reshape.inputs[0], "Pad") if reshape is not None else None
     stored = read_weight(pad.inputs[0] if pad is not None else None, site)

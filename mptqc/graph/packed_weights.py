@@ -14,6 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.graph.edit import Builder, add_initializer
+from mptqc.reference.custom_ops import BLOCK_INPUTS, BLOCK_OUTPUTS
 from mptqc.reference.packing import MAX_BITS, Plane, pack, packed_bytes, planes_of
 from mptqc.reference.trellis import TAPS, packed_table, table
 
@@ -60,6 +61,18 @@ def emit_trellis(codes: NDArray[np.int8], bits: int, build: Builder) -> ir.Value
         weight = build.op("Slice", [weight, *bounds], name="trellis_cut")
     weight.shape, weight.dtype = ir.Shape(codes.shape), ir.DataType.INT8
     return weight
+
+
+def to_blocks(weight: ir.Value, shape: tuple[int, ...], build: Builder) -> ir.Value:
+    """`custom_ops.block_weight` of int8 [K, N] = `shape` in ONNX, where codes can not be stored in that order."""
+    (inputs, outputs), padding = shape, (-shape[0] % BLOCK_INPUTS, -shape[1] % BLOCK_OUTPUTS)
+    rows, columns = (inputs + padding[0]) // BLOCK_INPUTS, (outputs + padding[1]) // BLOCK_OUTPUTS
+    pads = build.constant("block_pads", np.array([0, 0, *padding], np.int64))
+    split = build.constant("block_shape", np.array([rows, BLOCK_INPUTS, columns, BLOCK_OUTPUTS], np.int64))
+    apart = build.op("Reshape", [build.op("Pad", [weight, pads], name="block_padded"), split], name="block_rows")
+    blocks = build.op("Transpose", [apart], {"perm": [2, 0, 3, 1]}, name="blocks")
+    blocks.shape, blocks.dtype = ir.Shape((columns, rows, BLOCK_OUTPUTS, BLOCK_INPUTS)), ir.DataType.INT8
+    return blocks
 
 
 def _by_windows(codes: NDArray[np.int8], bits: int, build: Builder) -> ir.Value:
@@ -122,11 +135,14 @@ def _cut(part: ir.Value, size: int, label: str, build: Builder) -> ir.Value:
 
 
 @cache
-def unpacking_bytes(bits: int, *, by_trellis: bool = False) -> int:
-    """Bytes that the ops and names take which widen one weight of so many bits, its tables apart."""
+def unpacking_bytes(bits: int, *, by_trellis: bool = False, in_blocks: bool = False) -> int:
+    """Bytes that the ops and names take which widen one weight of so many bits, its tables apart.
+
+    Only a weight that a trellis codes needs ops more where products read it `in_blocks`.
+    """
     if bits == MAX_BITS:
         return 0
-    one, two = (_bytes_of_packed(bits, weights, by_trellis) for weights in (1, 2))
+    one, two = (_bytes_of_packed(bits, weights, by_trellis, in_blocks) for weights in (1, 2))
     return two - one - packed_bytes(_TYPICAL.size, bits)
 
 
@@ -153,14 +169,16 @@ def tables_of(bits: int, *, by_trellis: bool = False) -> tuple[Plane, ...]:
 _TYPICAL = np.zeros((8, 8), np.int8)
 
 
-def _bytes_of_packed(bits: int, weights: int, by_trellis: bool) -> int:
+def _bytes_of_packed(bits: int, weights: int, by_trellis: bool, in_blocks: bool = False) -> int:
     """Bytes of a model that holds so many packed weights."""
     inputs = [ir.val(f"x{number}", dtype=ir.DataType.INT8, shape=_TYPICAL.shape) for number in range(weights)]
     nodes = [ir.node("Identity", [value]) for value in inputs]
     graph = ir.Graph(inputs, [node.outputs[0] for node in nodes], nodes=nodes, opset_imports={"": 21}, name="packed")
     emit = emit_trellis if by_trellis else emit_packed
     for number, node in enumerate(nodes):
-        node.replace_input_with(0, emit(_TYPICAL, bits, Builder(node, f"block{number:02}.proj/unpack")))
+        build = Builder(node, f"block{number:02}.proj/unpack")
+        weight = emit(_TYPICAL, bits, build)
+        node.replace_input_with(0, to_blocks(weight, _TYPICAL.shape, build) if by_trellis and in_blocks else weight)
     return _size(ir.to_proto(ir.Model(graph, ir_version=10)))
 
 

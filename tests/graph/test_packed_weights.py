@@ -10,6 +10,7 @@ from mptqc.graph.packed_weights import (
     emit_trellis,
     table_bytes,
     tables_of,
+    to_blocks,
     trellis_bytes,
     unpacking_bytes,
 )
@@ -75,9 +76,15 @@ def test_eight_bits_need_no_unpacking():
     assert unpacking_bytes(8) == 0
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("bits", sorted(TAPS))
-def test_so_it_is_of_weights_that_a_trellis_codes(bits):
+def test_so_it_is_of_weights_that_a_trellis_codes(bits, in_blocks):
+    def emit(codes, bits, build):
+        weight = emit_trellis(codes, bits, build)
+        return to_blocks(weight, codes.shape, build) if in_blocks else weight
+
     codes = np.zeros((16, 24), np.int8)
     shared = sum(map(table_bytes, tables_of(bits, by_trellis=True))) + trellis_bytes(bits)
-    expected = shared + len(SITES) * (packed_bytes(codes.size, bits) + unpacking_bytes(bits, by_trellis=True))
-    assert abs(file_bytes(codes, bits, emit_trellis) - expected) <= len(SITES) * NAMES
+    more = unpacking_bytes(bits, by_trellis=True, in_blocks=in_blocks)
+    expected = shared + len(SITES) * (packed_bytes(codes.size, bits) + more)
+    assert abs(file_bytes(codes, bits, emit) - expected) <= len(SITES) * NAMES
