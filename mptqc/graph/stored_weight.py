@@ -71,7 +71,7 @@ def _read_packed(value: ir.Value | None, site: str) -> StoredWeight:
     while is_op(last, "Add") and last is not None:
         last = _producer(last.inputs[1])
     shape = constant_of(last.inputs[1]) if is_op(last, "Reshape") and last is not None else None
-    if shape is None:
+    if shape is None or shape.min() < 0:
         raise VerifyError(f"{site}: its weight is neither int8 nor packed as mptqc packs it; compile again")
     gathers, frontier = [], [value]
     while frontier:

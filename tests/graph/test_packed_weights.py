@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from mptqc.errors import VerifyError
 from mptqc.graph.edit import Builder
 from mptqc.graph.packed_weights import (
     emit_packed,
@@ -51,6 +52,15 @@ def test_a_trellis_codes_are_widened_to_its_weights_and_read_back(bits, outputs)
         np.testing.assert_array_equal(stored.trellis_codes, codes)
         np.testing.assert_array_equal(stored.integers, integers)
         assert stored.bits == bits
+
+
+@pytest.mark.parametrize("bits", sorted(TAPS))
+def test_a_trellis_of_other_ops_is_refused(bits):
+    model = ir.from_proto(model_of({"site": np.zeros((8, 16), np.int8)}, emit_trellis, bits))
+    conv = next(node for node in model.graph if node.op_type == "Conv")
+    conv.outputs[0].replace_all_uses_with(conv.inputs[0])
+    with pytest.raises(VerifyError, match=r"^site: its weight .*; compile again$"):
+        read_weight(model.graph.outputs[0].producer().inputs[0], "site")
 
 
 def file_bytes(codes, bits, emit=emit_packed):
