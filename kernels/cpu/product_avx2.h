@@ -1,5 +1,6 @@
-// Products with small weights (a Linear's, keys, values) on AVX2, whose vpmaddubsw adds two products in saturating 16 bits: no pair of a uint8 code and
-// a weight of 7 bits leaves them, and of fewer bits many pairs can be added there before the sum is widened to 32.
+// Products with small weights (a Linear's, keys, values) on AVX2, whose vpmaddubsw adds two products in saturating 16 bits:
+// no pair of a uint8 code and a weight of 7 bits leaves them, and of fewer bits many pairs can be added there before the sum
+// is widened to 32.
 #pragma once
 
 #include "lanes_avx2.h"
