@@ -54,9 +54,10 @@ int32_t largest_of(const uint8_t* codes, int64_t rows, int64_t stride, int64_t w
 // Keys and values of 7 bits are small weights. Looking at them is a hundredth of the work.
 void attention_avx2(const mptqc_attention& a, int64_t task, uint8_t* scratch) {
   const AttentionPlace place(a, task);
-  const int32_t k = largest_of(place.k(a), a.columns, a.heads * a.width, a.width);
-  const int32_t v = largest_of(place.v(a), a.columns, a.heads * a.value_width, a.value_width);
-  if (groups_in_16_bits(k) > 0 && groups_in_16_bits(v) > 0) {
+  const auto small = [&](const uint8_t* codes, int64_t width) {
+    return groups_in_16_bits(largest_of(codes, a.columns, a.heads * width, width)) > 0;
+  };
+  if (small(place.k(a), a.width) && small(place.v(a), a.value_width)) {
     return AttentionTask<LanesAvx2Narrow>(a, scratch).run(task);
   }
   AttentionTask<LanesAvx2>(a, scratch).run(task);

@@ -40,7 +40,7 @@ struct AttentionPlace {
   int64_t batch, head, first_row, end_row;
 
   AttentionPlace(const mptqc_attention& a, int64_t task) {
-    const int64_t chunk = chunk_rows(a.rows), chunks = a.rows > 0 ? ceil_divide(a.rows, chunk) : 1;
+    const int64_t chunk = chunk_rows(a.rows), chunks = ceil_divide(a.rows, chunk);
     first_row = task % chunks * chunk;
     end_row = least(first_row + chunk, a.rows);
     head = task / chunks % a.heads;

@@ -45,8 +45,8 @@ def test_a_trellis_codes_are_widened_to_its_weights_and_read_back(bits, outputs)
     weights = {site: random.integers(-(1 << bits - 1), 1 << bits - 1, (8, outputs), dtype=np.int8) for site in SITES}
     proto = model_of(weights, emit_trellis, bits)
     made = create_session(proto.SerializeToString()).run(None, {})
-    outputs = ir.from_proto(proto).graph.outputs
-    for codes, integers, output in zip(weights.values(), made, outputs, strict=True):
+    read = ir.from_proto(proto).graph.outputs
+    for codes, integers, output in zip(weights.values(), made, read, strict=True):
         np.testing.assert_array_equal(integers, decode(codes, bits))
         stored = read_weight(output.producer().inputs[0], "site")
         np.testing.assert_array_equal(stored.trellis_codes, codes)
