@@ -25,7 +25,7 @@ struct AttentionTask {
   int32_t *key_offset, *value_offset;
   float* scores;   // [kRows, padded columns]
   uint8_t* codes;  // the same
-  int32_t code_sum[kRows], code_of_zero;
+  int32_t code_sum[kRows];
   float row_factor[kRows];  // what the rows of P were divided by
   float beyond[kPanel];  // added to the last vectors of a row's scores: 0 in its columns, as low as can be beyond
   QuantizerConstants probability;
@@ -45,7 +45,6 @@ struct AttentionTask {
         codes(scratch + layout.codes),
         probability(arguments.probability),
         output(arguments.quantizer, arguments.output) {
-    code_of_zero = V::sum(codes_of_quotient<V>(probability, V::set(0.0f))) / static_cast<int32_t>(kPanel);
     const int64_t last = last_column();
     for (int c = 0; c < kPanel; ++c) beyond[c] = last + c < a.columns ? 0.0f : kLowest;
   }
@@ -61,7 +60,7 @@ struct AttentionTask {
     }
   }
 
-  static constexpr float kLowest = -3.40282347e38f, kInverseLn2 = 1.44269504f;
+  static constexpr float kLowest = -3.40282347e38f;
   static void nothing_beside(int, int) {}
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
@@ -128,12 +127,6 @@ struct AttentionTask {
     }
   }
 
-  static int32_t sum_of(const uint8_t* codes, int64_t count) {
-    int32_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += codes[i];
-    return total;
-  }
-
   // Columns go in panels; those behind the last whole panel of blocks in vectors, block by block.
   int64_t columns_in_panels() const { return ceil_divide(a.columns, kBlockOutputs) / kPanelBlocks * kPanel; }
 
@@ -154,10 +147,11 @@ struct AttentionTask {
   void score_rows(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t stride = a.heads * a.width, block_bytes = ceil_divide(a.width, kBlockInputs) * kBlockBytes;
     const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
-    int32_t row_offset[kRows];
+    float row_offset[kRows];  // of scores, for the keys' zero point
     F largest[kRows];
     for (int r = 0; r < rows; ++r) {
-      row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * sum_of(query.data + r * stride, a.width);
+      const int32_t sum = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
+      row_offset[r] = static_cast<float>(sum) * a.score_scale;
       largest[r] = V::set(kLowest);
     }
     for (int64_t column = 0; column < a.columns; column += kPanel) {
@@ -193,10 +187,9 @@ struct AttentionTask {
   // Makes and stores a vector's worth (of U: V or L) of scores, from `column` on.
   template <class U>
   MPTQC_INLINE typename U::F finish_scores(
-      const int32_t* from, int32_t row_offset, int64_t column, const float* bias, const float* mask, float* to) const {
+      const int32_t* from, float row_offset, int64_t column, const float* bias, const float* mask, float* to) const {
     const int n = count<U>(column);
-    const auto sum = U::add(U::load(from), U::set(row_offset));
-    auto score = U::multiply(U::to_float(sum), U::set(a.score_scale));
+    auto score = U::multiply_add(U::to_float(U::load(from)), U::set(a.score_scale), U::set(row_offset));
     if (bias != nullptr) score = U::add(score, U::load(bias + column, n));
     if (mask != nullptr) score = U::add(score, U::load(mask + column, n));
     if (n < U::kValues) score = U::add(score, U::load(beyond));
@@ -206,58 +199,60 @@ struct AttentionTask {
 
   // Rows take each step in turn, so that they wait for their sums across lanes together.
   void quantize_softmax(int rows, const F (&largest)[kRows]) {
+    float top[kRows], sum[kRows];
     F total[kRows];
-    I all[kRows];
-    float shift[kRows], quotient[kRows];
-    for (int r = 0; r < rows; ++r) shift[r] = -V::largest(largest[r]) * kInverseLn2;
-    for (int r = 0; r < rows; ++r) total[r] = raise(scores + r * layout.padded_columns, shift[r]);
+    for (int r = 0; r < rows; ++r) top[r] = V::largest(largest[r]);
+    for (int r = 0; r < rows; ++r) total[r] = a.row_scale ? quantize_powers(r, top[r]) : store_powers(r, top[r]);
+    for (int r = 0; r < rows; ++r) sum[r] = V::sum(total[r]);
     for (int r = 0; r < rows; ++r) {
-      const float sum = V::sum(total[r]), top = largest_power(V::largest(largest[r]), shift[r]);
-      quotient[r] = 1.0f / ((a.row_scale ? top : sum) * a.probability.scale);
-      row_factor[r] = a.row_scale ? top / sum : 1.0f;
+      row_factor[r] = a.row_scale ? probability.inverse_scale / sum[r] : 1.0f;
+      if (!a.row_scale) quantize_quotients(r, 1.0f / (sum[r] * probability.scale));
     }
-    for (int r = 0; r < rows; ++r) {
-      all[r] = quantize(scores + r * layout.padded_columns, quotient[r], codes + r * layout.padded_columns);
-    }
-    const int64_t made = round_up(a.columns, kBlockOutputs);
-    const int32_t excess = static_cast<int32_t>(made - a.columns) * code_of_zero;
-    for (int r = 0; r < rows; ++r) code_sum[r] = V::sum(all[r]) - excess;
+    for (int r = 0; r < rows; ++r) code_sum[r] = signed_v_zero() == 0 ? 0 : L::sum_codes(codes_of(r), a.columns);
   }
 
-  // Scores become e^s up to a factor: e^(s - largest) = 2^(s/ln 2 + shift). Returns their sum, which is 1 or more, so that
-  // the 2^-126 of each score beyond the last column is lost in it.
-  MPTQC_INLINE F raise(float* score, float shift) const {
+  float* scores_of(int r) const { return scores + r * layout.padded_columns; }
+  uint8_t* codes_of(int r) const { return codes + r * layout.padded_columns; }
+
+  // The largest power is 1, whatever their sum: the codes of P are made at once. Returns the sum of their quotients.
+  MPTQC_INLINE F quantize_powers(int r, float top) const {
+    return powers(r, top, probability.inverse_scale, [&](auto u, int64_t c, auto quotient) {
+      using U = decltype(u);
+      store_codes<U>(probability, codes_of(r) + c, steps_of_quotient<U>(probability, quotient), U::kValues);
+    });
+  }
+
+  // Scores become powers; returns their sum.
+  MPTQC_INLINE F store_powers(int r, float top) const {
+    return powers(r, top, 1.0f, [&](auto u, int64_t c, auto power) { decltype(u)::store(scores_of(r) + c, power); });
+  }
+
+  // Calls work(V or L, first column, factor * e^(score - top)) for all columns of a row; returns the sum of these. Those
+  // beyond the last column add 2^-124 of the largest each.
+  template <class Work>
+  MPTQC_INLINE F powers(int r, float top, float factor, const Work& work) const {
     auto total = V::set(0.0f);
+    const float* score = scores_of(r);
     for_columns([&](auto u, int64_t c) {
       using U = decltype(u);
-      const auto power = power_of_2<U>(U::multiply_add(U::load(score + c), U::set(kInverseLn2), U::set(shift)));
-      U::store(score + c, power);
+      const auto power = power_of_e<U>(U::subtract(U::load(score + c), U::set(top)), factor);
       add_to(total, power);
+      work(u, c, power);
     });
     return total;
   }
 
-  // What `raise` makes of a row's largest score: 1, but for the rounding of the shift, which all its powers share.
-  static float largest_power(float score, float shift) {
-    return V::largest(power_of_2<V>(V::multiply_add(V::set(score), V::set(kInverseLn2), V::set(shift))));
-  }
-
-  // The codes of quotient * power; returns their sum. Beyond the last column they are that of 0, and the values are 0.
-  MPTQC_INLINE I quantize(const float* power, float quotient, uint8_t* code) const {
-    auto total = V::set(int32_t{0});
+  // The codes of quotient * power. Those beyond the last column are multiplied with values that are 0.
+  MPTQC_INLINE void quantize_quotients(int r, float quotient) const {
     for_columns([&](auto u, int64_t c) {
       using U = decltype(u);
-      const auto steps = codes_of_quotient<U>(probability, U::multiply(U::load(power + c), U::set(quotient)));
-      U::store_codes(code + c, steps, U::kValues);
-      add_to(total, steps);
+      const auto x = U::multiply(U::load(scores_of(r) + c), U::set(quotient));
+      store_codes<U>(probability, codes_of(r) + c, steps_of_quotient<U>(probability, x), U::kValues);
     });
-    return total;
   }
 
   static void add_to(F& total, F x) { total = V::add(total, x); }
-  static void add_to(I& total, I x) { total = V::add(total, x); }
   static void add_to(F& total, typename L::F x) { total.part[0] = L::add(total.part[0], x); }
-  static void add_to(I& total, typename L::I x) { total.part[0] = L::add(total.part[0], x); }
 
   // How many of the values of a U from column c on there are.
   template <class U>
@@ -276,7 +271,7 @@ struct AttentionTask {
         const int32_t row_offset = -signed_v_zero() * code_sum[r];
         const auto total = V::add(V::load(tile.sum[r]), V::set(row_offset));
         const auto context = V::multiply(V::to_float(total), V::set(a.context_scale));
-        write<V>(output, to, V::multiply(context, V::set(row_factor[r])), columns, true);
+        write<V>(output, to, V::multiply(context, V::set(row_factor[r])), columns);
       }
     }
   }

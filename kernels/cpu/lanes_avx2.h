@@ -58,18 +58,29 @@ struct LanesAvx2 {
     _mm256_storeu_si256(vectors, a.low);
     _mm256_storeu_si256(vectors + 1, a.high);
   }
-  static void store_codes(uint8_t* to, I a, int n) {
-    const __m256i low_bytes = _mm256_set1_epi32(255);
-    const __m256i words = _mm256_packus_epi32(_mm256_and_si256(a.low, low_bytes), _mm256_and_si256(a.high, low_bytes));
-    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    const __m128i codes = _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+  static __m256i code_words(I steps, int32_t zero_point) {
+    const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(zero_point));
+    return _mm256_adds_epi16(_mm256_packs_epi32(steps.low, steps.high), zero);
+  }
+  // Packing works within halves of a register: as words, that of vectors a and b gives a0 a2 b0 b2, a1 a3 b1 b3.
+  static __m256i codes_of_words(__m256i a, __m256i b, int32_t minimum) {
+    const __m256i least = _mm256_set1_epi8(static_cast<int8_t>(minimum));
+    const __m256i codes = _mm256_max_epu8(_mm256_packus_epi16(a, b), least);
+    return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
+    const __m256i words = code_words(steps, zero_point);
+    const __m128i codes = _mm256_castsi256_si128(codes_of_words(words, words, minimum));
     if (n == 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
     uint8_t code[16];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(code), codes);
     std::memcpy(to, code, n);
   }
-  static void store_codes(uint8_t* to, const I (&a)[4]) {
-    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, a[i], 16);
+  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum) {
+    for (int i = 0; i < 4; i += 2) {
+      const __m256i first = code_words(steps[i], zero_point), second = code_words(steps[i + 1], zero_point);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), codes_of_words(first, second, minimum));
+    }
   }
   static I mask(int n) {
     const __m256i bound = _mm256_set1_epi32(n);
@@ -96,19 +107,35 @@ struct LanesAvx2 {
   }
   static F minimum(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
   static F maximum(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+  static F absolute(F a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+  }
+  static I look_up(const int32_t (&table)[16], I index) { return {look_up(table, index.low), look_up(table, index.high)}; }
+  static __m256i look_up(const int32_t (&table)[16], __m256i index) {
+    const __m256i* eight = reinterpret_cast<const __m256i*>(table);
+    const __m256i first = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(eight), index);
+    const __m256i second = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(eight + 1), index);
+    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second), bit3));
+  }
+  static F look_up(const float (&table)[32], I index) { return {look_up(table, index.low), look_up(table, index.high)}; }
+  // An entry of each eight, of which bits 3 and 4 choose.
+  static __m256 look_up(const float (&table)[32], __m256i index) {
+    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)), bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
+    const __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    const __m256 third = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 16), index);
+    const __m256 fourth = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 24), index);
+    return _mm256_blendv_ps(_mm256_blendv_ps(first, second, bit3), _mm256_blendv_ps(third, fourth, bit3), bit4);
+  }
   static I to_int(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
   static F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
   static I add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
-  static I subtract(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
   static I shift_left(I a, int bits) { return {_mm256_slli_epi32(a.low, bits), _mm256_slli_epi32(a.high, bits)}; }
-  static I shift_left(I a, I bits) {
-    return {_mm256_sllv_epi32(a.low, bits.low), _mm256_sllv_epi32(a.high, bits.high)};
-  }
-  static I shift_right(I a, int bits) { return {_mm256_srli_epi32(a.low, bits), _mm256_srli_epi32(a.high, bits)}; }
-  static I where_at_least(F x, F bound, I a, I b) {
-    const __m256i low = _mm256_castps_si256(_mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ));
-    const __m256i high = _mm256_castps_si256(_mm256_cmp_ps(x.high, bound.high, _CMP_GE_OQ));
-    return {_mm256_blendv_epi8(b.low, a.low, low), _mm256_blendv_epi8(b.high, a.high, high)};
+  static F where_at_least(F x, F bound, F a, F b) {
+    return {_mm256_blendv_ps(b.low, a.low, _mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ)),
+            _mm256_blendv_ps(b.high, a.high, _mm256_cmp_ps(x.high, bound.high, _CMP_GE_OQ))};
   }
   static F as_float(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
   static I as_int(F a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
@@ -125,6 +152,18 @@ struct LanesAvx2 {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+
+  static int32_t sum_codes(const uint8_t* codes, int64_t n) {
+    __m256i total = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+      total = _mm256_add_epi64(total, _mm256_sad_epu8(some, _mm256_setzero_si256()));
+    }
+    int32_t sum = _mm256_extract_epi32(total, 0) + _mm256_extract_epi32(total, 2) + _mm256_extract_epi32(total, 4) + _mm256_extract_epi32(total, 6);
+    for (; i < n; ++i) sum += codes[i];
+    return sum;
   }
 
   static Inputs spread(const uint8_t* codes) {

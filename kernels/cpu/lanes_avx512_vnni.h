@@ -35,10 +35,16 @@ struct LanesAvx512Vnni {
   static void store(float* to, F a) { _mm512_storeu_ps(to, a); }
   static void store(float* to, F a, int n) { _mm512_mask_storeu_ps(to, mask(n), a); }
   static void store(int32_t* to, I a) { _mm512_storeu_si512(to, a); }
-  static void store_codes(uint8_t* to, I a, int n) { _mm_mask_storeu_epi8(to, mask(n), _mm512_cvtepi32_epi8(a)); }
-  static void store_codes(uint8_t* to, const I (&a)[4]) {
-    const __m512i words01 = _mm512_packs_epi32(a[0], a[1]), words23 = _mm512_packs_epi32(a[2], a[3]);
-    const __m512i codes = _mm512_packus_epi16(words01, words23);
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
+    const __m512i codes = _mm512_max_epi32(_mm512_add_epi32(steps, set(zero_point)), set(minimum));
+    _mm_mask_storeu_epi8(to, mask(n), _mm512_cvtepi32_epi8(codes));
+  }
+  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum) {
+    const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(zero_point));
+    const __m512i words01 = _mm512_adds_epi16(_mm512_packs_epi32(steps[0], steps[1]), zero);
+    const __m512i words23 = _mm512_adds_epi16(_mm512_packs_epi32(steps[2], steps[3]), zero);
+    const __m512i least = _mm512_set1_epi8(static_cast<int8_t>(minimum));
+    const __m512i codes = _mm512_max_epu8(_mm512_packus_epi16(words01, words23), least);
     // Packing works within quarters of a register: word 4q + v holds vector v's part of quarter q.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, codes));
@@ -53,15 +59,19 @@ struct LanesAvx512Vnni {
   static F subtract_product(F c, F a, F b) { return _mm512_fnmadd_ps(a, b, c); }
   static F minimum(F a, F b) { return _mm512_min_ps(a, b); }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+  static F absolute(F a) { return _mm512_abs_ps(a); }
+  static I look_up(const int32_t (&table)[16], I index) {
+    return _mm512_permutexvar_epi32(index, _mm512_loadu_si512(table));
+  }
+  static F look_up(const float (&table)[32], I index) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+  }
   static I to_int(F a) { return _mm512_cvt_roundps_epi32(a, kNearest); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I shift_left(I a, int bits) { return _mm512_slli_epi32(a, bits); }
-  static I shift_left(I a, I bits) { return _mm512_sllv_epi32(a, bits); }
-  static I shift_right(I a, int bits) { return _mm512_srli_epi32(a, bits); }
-  static I where_at_least(F x, F bound, I a, I b) {
-    return _mm512_mask_mov_epi32(b, _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), a);
+  static F where_at_least(F x, F bound, F a, F b) {
+    return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), a);
   }
   static F as_float(I a) { return _mm512_castsi512_ps(a); }
   static I as_int(F a) { return _mm512_castps_si512(a); }
@@ -69,6 +79,16 @@ struct LanesAvx512Vnni {
   static float sum(F a) { return sum_halves(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
   static int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
+
+  static int32_t sum_codes(const uint8_t* codes, int64_t n) {
+    I total = _mm512_setzero_si512();
+    const I ones = _mm512_set1_epi8(1);
+    for (int64_t i = 0; i < n; i += 64) {
+      const __mmask64 some = n - i < 64 ? (uint64_t{1} << (n - i)) - 1 : ~uint64_t{0};
+      total = _mm512_dpbusd_epi32(total, _mm512_maskz_loadu_epi8(some, codes + i), ones);
+    }
+    return sum(total);
+  }
 
   static Inputs spread(const uint8_t* codes) {
     int32_t four;

@@ -53,14 +53,16 @@ struct LanesPortable {
   static void store(float* to, F a, int n) { std::memcpy(to, a.lane, sizeof(float) * n); }
   static void store(int32_t* to, I a) { std::memcpy(to, a.lane, sizeof a.lane); }
 
-  // The low byte of the first n lanes.
-  static void store_codes(uint8_t* to, I a, int n) {
-    for (int i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(a.lane[i]);
+  // The first n codes: steps + zero_point, held between minimum and 255.
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
+    for (int i = 0; i < n; ++i) {
+      const int32_t code = steps.lane[i] + zero_point, least = code > minimum ? code : minimum;
+      to[i] = static_cast<uint8_t>(least < 255 ? least : 255);
+    }
   }
-
-  // The low bytes of four vectors; the codes are 0 to 255.
-  static void store_codes(uint8_t* to, const I (&a)[4]) {
-    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, a[i], 16);
+  // The same of four vectors.
+  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum) {
+    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, steps[i], zero_point, minimum, 16);
   }
 
   // The first n lanes of a, the others of b.
@@ -104,11 +106,27 @@ struct LanesPortable {
     for (int i = 0; i < 16; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
   }
-  // To nearest, ties to even; |a| < 2^22.
+  static F absolute(F a) {
+    for (float& lane : a.lane) lane = std::fabs(lane);
+    return a;
+  }
+  // The entry that the low 4 or 5 bits of each lane name.
+  static I look_up(const int32_t (&table)[16], I index) {
+    for (int32_t& lane : index.lane) lane = table[lane & 15];
+    return index;
+  }
+  static F look_up(const float (&table)[32], I index) {
+    F out;
+    for (int i = 0; i < 16; ++i) out.lane[i] = table[index.lane[i] & 31];
+    return out;
+  }
+  // To nearest, ties to even; a < 2^22. What is below -2^22, or not a number, gives a number as low or lower.
   static I to_int(F a) {
-    const float shifter = 12582912.0f;  // 1.5 * 2^23: its last bit is worth 1
+    const float shifter = 12582912.0f, low = -4194304.0f;  // 1.5 * 2^23, whose last bit is worth 1, and -2^22
     I out;
-    for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<int32_t>((a.lane[i] + shifter) - shifter);
+    for (int i = 0; i < 16; ++i) {
+      out.lane[i] = static_cast<int32_t>(((a.lane[i] > low ? a.lane[i] : low) + shifter) - shifter);
+    }
     return out;
   }
   static F to_float(I a) {
@@ -120,24 +138,12 @@ struct LanesPortable {
     for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
     return a;
   }
-  static I subtract(I a, I b) {
-    for (int i = 0; i < 16; ++i) a.lane[i] -= b.lane[i];
-    return a;
-  }
   static I shift_left(I a, int bits) {
     for (int32_t& lane : a.lane) lane = static_cast<int32_t>(static_cast<uint32_t>(lane) << bits);
     return a;
   }
-  static I shift_left(I a, I bits) {
-    for (int i = 0; i < 16; ++i) a.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) << bits.lane[i]);
-    return a;
-  }
-  static I shift_right(I a, int bits) {  // a is not negative
-    for (int32_t& lane : a.lane) lane >>= bits;
-    return a;
-  }
   // a where x >= bound, else b.
-  static I where_at_least(F x, F bound, I a, I b) {
+  static F where_at_least(F x, F bound, F a, F b) {
     for (int i = 0; i < 16; ++i) a.lane[i] = x.lane[i] >= bound.lane[i] ? a.lane[i] : b.lane[i];
     return a;
   }
@@ -166,6 +172,12 @@ struct LanesPortable {
     for (int half = 8; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) a.lane[i] = a.lane[i] > a.lane[i + half] ? a.lane[i] : a.lane[i + half];
     return a.lane[0];
+  }
+
+  static int32_t sum_codes(const uint8_t* codes, int64_t n) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < n; ++i) total += codes[i];
+    return total;
   }
 
   static Inputs spread(const uint8_t* codes) {

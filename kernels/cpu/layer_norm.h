@@ -43,7 +43,7 @@ struct LayerNormTask {
       const int n = count(c);
       const auto normal = V::multiply(V::subtract(V::load(x + c, n), mean), factor);
       const auto y = V::multiply_add(normal, V::load(a.gamma + c, n), V::load(a.beta + c, n));
-      V::store_codes(to + c, codes_near<V>(quantizer, y), n);
+      store_codes<V>(quantizer, to + c, steps_near<V>(quantizer, y), n);
     }
   }
 

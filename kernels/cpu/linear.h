@@ -12,10 +12,11 @@ struct LinearTask {
   using V = Wide<L>;
   const mptqc_linear& a;
   Output output;
+  float gelu_factor[kPanel];
 
   explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output) {}
 
-  void run(int64_t task) const {
+  void run(int64_t task) {
     const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
     const int64_t first_column = task % panels * kPanel, first_row = task / panels * chunk;
     const int64_t end_row = least(first_row + chunk, a.rows);
@@ -28,6 +29,7 @@ struct LinearTask {
     const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_bytes, chunk) : 0;  // with each row
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
     const int8_t* next = weight.data + panel_bytes;
+    if (a.activation == MPTQC_GELU) make_gelu_factor(first_column);
     // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
     Product<L> product(a.largest_weight);
     Tile<Product<L>::kRows> tiles[2] = {};
@@ -81,12 +83,30 @@ struct LinearTask {
 
   void finish(const int32_t* sum, int64_t row, int64_t column, int columns) const {
     const int64_t index = row * a.outputs + column;
-    auto y = V::multiply(V::to_float(V::load(sum)), V::load(a.scale + column));
-    y = V::add(y, V::load(a.bias + column));
-    if (a.activation == MPTQC_GELU) y = gelu<V>(y);
+    const auto sums = V::to_float(V::load(sum)), scale = V::load(a.scale + column), bias = V::load(a.bias + column);
+    if (a.activation == MPTQC_GELU) return finish_gelu(V::multiply_add(sums, scale, bias), index, columns);
+    auto y = V::add(V::multiply(sums, scale), bias);
     if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
-    write<V>(output, index, y, columns, a.activation != MPTQC_GELU);
+    write<V>(output, index, y, columns);
+  }
+
+  MPTQC_INLINE void finish_gelu(typename V::F x, int64_t index, int columns) const {
+    auto y = V::multiply(gelu<V>(x), V::load(gelu_factor));
+    if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
+    if (!output.quantized) return V::store(static_cast<float*>(output.data) + index, y, columns);
+    const auto& q = output.quantizer;
+    const auto steps = a.residual != nullptr ? steps_near<V>(q, y) : steps_of_quotient<V>(q, y);
+    store_codes<V>(q, static_cast<uint8_t*>(output.data) + index, steps, columns);
+  }
+
+  // What is multiplied with GELU: its multiplier, and the quantizer's inverse scale if that comes next.
+  void make_gelu_factor(int64_t first_column) {
+    const bool steps = output.quantized && a.residual == nullptr;
+    for (int64_t c = 0; c < kPanel; ++c) {
+      gelu_factor[c] = a.multiplier != nullptr ? a.multiplier[first_column + c] : 1.0f;
+      if (steps) gelu_factor[c] *= output.quantizer.inverse_scale;
+    }
   }
 };
 

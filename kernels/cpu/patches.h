@@ -29,7 +29,7 @@ struct PatchesTask {
   void quantize_run(const float* x, uint8_t* to) const {
     for (int64_t q = 0; q < a.patch_width; q += 16) {
       const int n = static_cast<int>(least(16, a.patch_width - q));
-      L::store_codes(to + q, codes_of<L>(quantizer, L::load(x + q, n)), n);
+      store_codes<L>(quantizer, to + q, steps_of<L>(quantizer, L::load(x + q, n)), n);
     }
   }
 };

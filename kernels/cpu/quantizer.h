@@ -1,34 +1,31 @@
 // The quantizer of docs/custom-ops.md, on four vectors (V is a Wide) or one (V is a Lanes type).
 #pragma once
 
-#include "wide.h"
+#include "functions.h"
 
 namespace mptqc {
 namespace {
 
-constexpr int kExponentBit = 23;           // of a float
-constexpr int32_t kOneBits = 0x3F800000;  // 1.0f
-
 // Its constants, as scalars: they become vectors where they are used, and stay in registers there.
 struct QuantizerConstants {
-  float scale, inverse_scale, low, high;
-  int32_t offset;
+  float scale, inverse_scale, high;
+  int32_t zero_point, minimum;
   int regions;
-  float split[MPTQC_UPPER_REGIONS];  // where upper regions begin, in steps of scale
-  int32_t exponent[MPTQC_UPPER_REGIONS];  // m where a float has its exponent: their steps are 2^m as large
+  float split[MPTQC_UPPER_REGIONS];    // where upper regions begin, in steps of scale
+  float shifter[MPTQC_UPPER_REGIONS];  // what rounds to their steps, 2^m as large, when it is added
 
   explicit QuantizerConstants(const mptqc_quantizer& q)
       : scale(q.scale),
         inverse_scale(1.0f / q.scale),
-        low(static_cast<float>(q.minimum - q.zero_point)),
         high(static_cast<float>(q.maximum - q.zero_point)),
-        offset(q.zero_point),
+        zero_point(q.zero_point),
+        minimum(q.minimum),
         regions(q.regions),
         split(),
-        exponent() {
+        shifter() {
     for (int i = 0; i < regions; ++i) {
       split[i] = static_cast<float>(q.split[i]);
-      exponent[i] = q.m[i] << kExponentBit;
+      shifter[i] = kShifter * static_cast<float>(1 << q.m[i]);
     }
   }
 };
@@ -55,50 +52,49 @@ MPTQC_INLINE typename V::F divide(const QuantizerConstants& q, typename V::F x) 
   return V::multiply_add(V::subtract_product(x, quotient, scale), inverse_scale, quotient);
 }
 
+// The steps from the zero point of x, given x / scale, give or take its own rounding, where that is not too high. The lowest
+// code is seen to when codes are stored. A region begins and ends at a step of its own, so that none of its values is rounded
+// beyond it.
 template <class V>
-MPTQC_INLINE typename V::F clamp(typename V::F x, float low, float high) {
-  return V::maximum(V::minimum(x, V::set(high)), V::set(low));
-}
-
-// The codes of x, given x / scale where that lies between low and high, give or take its own rounding. A region begins and
-// ends at a step of its own, so that none of its values is rounded beyond it.
-template <class V>
-MPTQC_INLINE typename V::I codes_in_range(const QuantizerConstants& q, typename V::F quotient) {
-  if (q.regions == 0) return V::add(V::to_int(quotient), V::set(q.offset));
-  auto exponent = V::set(int32_t{0});
+MPTQC_INLINE typename V::I steps_of_held(const QuantizerConstants& q, typename V::F quotient) {
+  if (q.regions == 0) return V::to_int(quotient);
+  auto shifter = V::set(kShifter);
   MPTQC_UNROLL
   for (int i = 0; i < MPTQC_UPPER_REGIONS; ++i) {
     if (i >= q.regions) break;
-    exponent = V::where_at_least(quotient, V::set(q.split[i]), V::set(q.exponent[i]), exponent);
+    shifter = V::where_at_least(quotient, V::set(q.split[i]), V::set(q.shifter[i]), shifter);
   }
-  const auto inverse_step = V::as_float(V::subtract(V::set(kOneBits), exponent));
-  const auto steps = V::to_int(V::multiply(quotient, inverse_step));
-  return V::add(V::shift_left(steps, V::shift_right(exponent, kExponentBit)), V::set(q.offset));
+  return V::to_int(V::subtract(V::add(quotient, shifter), shifter));
 }
 
 template <class V>
-MPTQC_INLINE typename V::I codes_of_quotient(const QuantizerConstants& q, typename V::F quotient) {
-  return codes_in_range<V>(q, clamp<V>(quotient, q.low, q.high));
+MPTQC_INLINE typename V::I steps_of_quotient(const QuantizerConstants& q, typename V::F quotient) {
+  return steps_of_held<V>(q, V::minimum(quotient, V::set(q.high)));
 }
 
-// x is held between low and high steps before it is divided: that also keeps infinities out.
+// x is held before it is divided. The quotient of minus infinity is not a number, which counts as the lowest.
 template <class V>
-MPTQC_INLINE typename V::I codes_of(const QuantizerConstants& q, typename V::F x) {
-  return codes_in_range<V>(q, divide<V>(q, clamp<V>(x, q.low * q.scale, q.high * q.scale)));
+MPTQC_INLINE typename V::I steps_of(const QuantizerConstants& q, typename V::F x) {
+  return steps_of_held<V>(q, divide<V>(q, V::minimum(x, V::set(q.high * q.scale))));
 }
 
 // The same of an x that is approximated: what a reciprocal in place of the division adds is less than that.
 template <class V>
-MPTQC_INLINE typename V::I codes_near(const QuantizerConstants& q, typename V::F x) {
-  return codes_of_quotient<V>(q, V::multiply(x, V::set(q.inverse_scale)));
+MPTQC_INLINE typename V::I steps_near(const QuantizerConstants& q, typename V::F x) {
+  return steps_of_quotient<V>(q, V::multiply(x, V::set(q.inverse_scale)));
 }
 
-// The first n of y, from element `index` on; `exact` tells codes_of from codes_near.
+// Stores the first n codes.
 template <class V>
-MPTQC_INLINE void write(const Output& output, int64_t index, typename V::F y, int n, bool exact) {
+MPTQC_INLINE void store_codes(const QuantizerConstants& q, uint8_t* to, typename V::I steps, int n) {
+  V::store_codes(to, steps, q.zero_point, q.minimum, n);
+}
+
+// The first n of y, from element `index` on.
+template <class V>
+MPTQC_INLINE void write(const Output& output, int64_t index, typename V::F y, int n) {
   if (output.quantized) {
-    const auto codes = exact ? codes_of<V>(output.quantizer, y) : codes_near<V>(output.quantizer, y);
-    V::store_codes(static_cast<uint8_t*>(output.data) + index, codes, n);
+    store_codes<V>(output.quantizer, static_cast<uint8_t*>(output.data) + index, steps_of<V>(output.quantizer, y), n);
   } else {
     V::store(static_cast<float*>(output.data) + index, y, n);
   }

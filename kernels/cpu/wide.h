@@ -55,7 +55,6 @@ struct Wide {
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i]);
   }
-  static void store_codes(uint8_t* to, I a) { L::store_codes(to, a.part); }
 
   // The same for the first n <= kPanel values alone.
   static F load(const float* from, int n) {
@@ -70,10 +69,10 @@ struct Wide {
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i], lanes(n, i));
   }
-  static void store_codes(uint8_t* to, I a, int n) {
-    if (n == kPanel) return store_codes(to, a);
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
+    if (n == kPanel) return L::store_codes(to, steps.part, zero_point, minimum);
     MPTQC_UNROLL
-    for (int i = 0; i < kParts; ++i) L::store_codes(to + 16 * i, a.part[i], lanes(n, i));
+    for (int i = 0; i < kParts; ++i) L::store_codes(to + 16 * i, steps.part[i], zero_point, minimum, lanes(n, i));
   }
   template <class Vector>
   static Vector first(int n, Vector a, Vector b) {
@@ -113,6 +112,7 @@ struct Wide {
     for (int i = 0; i < kParts; ++i) out.part[i] = L::name(a.part[i], b.part[i], c.part[i]);   \
     return out;                                                                               \
   }
+  MPTQC_WIDE_1(F, absolute, F)
   MPTQC_WIDE_1(I, to_int, F)
   MPTQC_WIDE_1(F, to_float, I)
   MPTQC_WIDE_1(F, as_float, I)
@@ -120,8 +120,6 @@ struct Wide {
   MPTQC_WIDE_2(F, add)
   MPTQC_WIDE_2(I, add)
   MPTQC_WIDE_2(F, subtract)
-  MPTQC_WIDE_2(I, subtract)
-  MPTQC_WIDE_2(I, shift_left)
   MPTQC_WIDE_2(F, multiply)
   MPTQC_WIDE_2(F, minimum)
   MPTQC_WIDE_2(F, maximum)
@@ -131,20 +129,26 @@ struct Wide {
 #undef MPTQC_WIDE_2
 #undef MPTQC_WIDE_3
 
+  static I look_up(const int32_t (&table)[16], I index) {
+    I out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::look_up(table, index.part[i]);
+    return out;
+  }
+  static F look_up(const float (&table)[32], I index) {
+    F out;
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = L::look_up(table, index.part[i]);
+    return out;
+  }
   static I shift_left(I a, int bits) {
     I out;
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) out.part[i] = L::shift_left(a.part[i], bits);
     return out;
   }
-  static I shift_right(I a, int bits) {
-    I out;
-    MPTQC_UNROLL
-    for (int i = 0; i < kParts; ++i) out.part[i] = L::shift_right(a.part[i], bits);
-    return out;
-  }
-  static I where_at_least(F x, F bound, I a, I b) {
-    I out;
+  static F where_at_least(F x, F bound, F a, F b) {
+    F out;
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) out.part[i] = L::where_at_least(x.part[i], bound.part[i], a.part[i], b.part[i]);
     return out;

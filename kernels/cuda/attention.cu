@@ -218,8 +218,9 @@ struct AttentionBlock {
     for (int t = 0; t < kSpanProducts; ++t) {
       MPTQC_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const float steps_of_p = power(score[t][i], largest[i / 2]) * quotient[i / 2];
-        const int32_t code = column_of(t, i) < count ? codes_of_quotient<Lane>(p.probability, steps_of_p) : 0;
+        const float quotient_of_p = power(score[t][i], largest[i / 2]) * quotient[i / 2];
+        const int32_t steps = steps_of_quotient<Lane>(p.probability, quotient_of_p);
+        const int32_t code = column_of(t, i) < count ? code_of(p.probability, steps) : 0;
         code_sum[i / 2] += code;
         left[t / 2 * 2 + i / 2] |= static_cast<uint32_t>(code) << (8 * (t % 2 * 2 + i % 2));
       }

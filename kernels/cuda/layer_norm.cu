@@ -27,7 +27,7 @@ MPTQC_DEVICE int64_t source_row(const mptqc_layer_norm& a, int64_t row) {
 
 MPTQC_DEVICE uint8_t normalized(const LayerNormParameters& p, float centred, float factor, int64_t channel) {
   const float y = fmaf(centred * factor, p.a.gamma[channel], p.a.beta[channel]);
-  return static_cast<uint8_t>(codes_near<Lane>(p.quantizer, y));
+  return code_of(p.quantizer, steps_near<Lane>(p.quantizer, y));
 }
 
 // Rows of at most 128 * kParts channels of type T, a multiple of 4, each beginning on as many bytes as 4 channels take.

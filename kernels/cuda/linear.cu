@@ -126,7 +126,7 @@ struct LinearBlock {
       }
       if (a.activation == MPTQC_GELU) {
         MPTQC_UNROLL
-        for (int c = 0; c < kLaneColumns; ++c) y[c] = gelu<Lane>(y[c]);
+        for (int c = 0; c < kLaneColumns; ++c) y[c] = gelu(y[c]);
       }
       if (a.multiplier != nullptr) {
         MPTQC_UNROLL

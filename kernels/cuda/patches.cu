@@ -36,10 +36,10 @@ patches(const PatchesParameters p) {
     const Floats4 x = *reinterpret_cast<const Floats4*>(from);
     Codes4 codes;
     MPTQC_UNROLL
-    for (int k = 0; k < 4; ++k) codes.code[k] = static_cast<uint8_t>(codes_of<Lane>(p.quantizer, x.value[k]));
+    for (int k = 0; k < 4; ++k) codes.code[k] = code_of(p.quantizer, steps_of<Lane>(p.quantizer, x.value[k]));
     *reinterpret_cast<Codes4*>(to) = codes;
   } else {
-    *to = static_cast<uint8_t>(codes_of<Lane>(p.quantizer, *from));
+    *to = code_of(p.quantizer, steps_of<Lane>(p.quantizer, *from));
   }
 }
 

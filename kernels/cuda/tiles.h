@@ -157,7 +157,7 @@ MPTQC_DEVICE void write_floats(T* to, const float (&y)[kLaneColumns], int64_t co
     if (i < count) store_float(to + i, y[i]);
 }
 
-// Writes the first `count` <= 8 of y, from element `index` of the output on; `exact` tells codes_of from codes_near.
+// Writes the first `count` <= 8 of y, from element `index` of the output on; `exact` tells steps_of from steps_near.
 MPTQC_DEVICE void write_eight(
     const DeviceOutput& output, int64_t index, const float (&y)[kLaneColumns], int64_t count, bool exact) {
   if (!output.quantized) {
@@ -169,7 +169,7 @@ MPTQC_DEVICE void write_eight(
   MPTQC_UNROLL
   for (int i = 0; i < kLaneColumns; ++i) {
     const auto& q = output.quantizer;
-    codes.code[i] = static_cast<uint8_t>(exact ? codes_of<Lane>(q, y[i]) : codes_near<Lane>(q, y[i]));
+    codes.code[i] = code_of(q, exact ? steps_of<Lane>(q, y[i]) : steps_near<Lane>(q, y[i]));
   }
   if (count >= kLaneColumns && is_aligned(to, 8)) {
     *reinterpret_cast<Codes8*>(to) = codes;
