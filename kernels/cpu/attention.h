@@ -268,12 +268,22 @@ struct AttentionTask {
                        nothing_beside);
       for (int r = 0; r < rows; ++r) {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
-        const int32_t row_offset = -signed_v_zero() * code_sum[r];
-        const auto total = V::add(V::load(tile.sum[r]), V::set(row_offset));
-        const auto context = V::multiply(V::to_float(total), V::set(a.context_scale));
-        write<V>(output, to, V::multiply(context, V::set(row_factor[r])), columns);
+        if (columns == kPanel) {
+          write_row<V>(tile.sum[r], r, to, columns);
+          continue;
+        }
+        for (int c = 0; c < columns; c += kBlockOutputs) {
+          write_row<L>(tile.sum[r] + c, r, to + c, static_cast<int>(least(kBlockOutputs, columns - c)));
+        }
       }
     }
+  }
+
+  template <class U>
+  MPTQC_INLINE void write_row(const int32_t* sum, int r, int64_t to, int columns) const {
+    const auto total = U::add(U::load(sum), U::set(-signed_v_zero() * code_sum[r]));
+    const auto context = U::multiply(U::to_float(total), U::set(a.context_scale));
+    write<U>(output, to, U::multiply(context, U::set(row_factor[r])), columns);
   }
 };
 

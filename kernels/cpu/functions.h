@@ -10,9 +10,11 @@ namespace mptqc {
 // even, and leaves it in the low bits.
 constexpr float kShifter = 12582912.0f;
 
-// Of 2, 2^(0/16) to 2^(15/16) as bits, less what whole sixteenths put into the mantissa when they are added.
-constexpr int32_t kRoots[16] = {0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532, 0x3F75FED7, 0x3F75583F,
-                                0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C, 0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D};
+// 2^(i/16), less i in the bits of 1/16, which the sum of power_of_e adds.
+constexpr float kRoots[16] = {
+    1.0f, 0.990886867f, 0.982753873f, 0.97564429f, 0.969603539f, 0.964678884f,
+    0.960919797f, 0.958377779f, 0.957106769f, 0.957163095f, 0.958605409f, 0.961495161f,
+    0.965896428f, 0.971876085f, 0.979504049f, 0.988853276f};
 
 // factor * e^x for x <= 0, relative error under 2^-20; x below -86 count as that, so that no denormal appears.
 //
@@ -27,47 +29,42 @@ MPTQC_INLINE typename V::F power_of_e(typename V::F x, float factor) {
   auto power = V::multiply_add(back, V::set(0.240226254f * factor), V::set(-0.693187952f * factor));
   power = V::multiply_add(back, power, V::set(factor));
   const auto bits = V::as_int(shifted);
-  return V::multiply(power, V::as_float(V::add(V::look_up(kRoots, bits), V::shift_left(bits, 19))));
+  return V::multiply(power, V::as_float(V::add(V::as_int(V::look_up(kRoots, bits)), V::shift_left(bits, 19))));
 }
 
-// -u * (1 - Phi(u)) for u >= 0: 32 cubics, segment i about u = i / kSegmentsPerUnit; powers of the way back to its middle
-// in segments, the highest first. Minimax to 2^-21 up to 31.5 segments, where u = 5.
-constexpr float kSegmentsPerUnit = 6.3f, kLastSegment = 4.99f;
-constexpr float kGeluSegments[4][32] = {
-    {4.06371546e-05f, 0.000165378515f, 0.000312448858f, 0.000425880804f, 0.000495669607f, 0.00051838567f,
-    0.000497136614f, 0.000440359232f, 0.000359812402f, 0.0002682755f, 0.000177450376f, 9.64401406e-05f,
-    3.09845964e-05f, -1.65652073e-05f, -4.67026948e-05f, -6.18984777e-05f, -6.56584452e-05f, -6.17010373e-05f,
-    -5.33654493e-05f, -4.32810302e-05f, -3.32664313e-05f, -2.43931427e-05f, -1.71402389e-05f, -1.15776857e-05f,
-    -7.53511313e-06f, -4.73355067e-06f, -2.87416378e-06f, -1.68865279e-06f, -9.60862394e-07f, -5.29900262e-07f,
-    -2.83404574e-07f, -1.47070637e-07f},
-    {0.010063299f, 0.00979063287f, 0.00906761643f, 0.00795079768f, 0.00655754656f, 0.00502552977f, 0.00349273859f,
-    0.00207945192f, 0.000875126105f, -6.8124471e-05f, -0.0007353439f, -0.0011430548f, -0.00133013213f,
-    -0.00134751655f, -0.00124875852f, -0.00108274049f, -0.000889166491f, -0.000696735631f, -0.000523452531f,
-    -0.000378320809f, -0.000263670954f, -0.000177526876f, -0.000115628536f, -7.2935014e-05f, -4.45917649e-05f,
-    -2.6444075e-05f, -1.521989e-05f, -8.50583274e-06f, -4.61768695e-06f, -2.43606269e-06f, -1.24922701e-06f,
-    -6.22871596e-07f},
-    {0.0793660656f, 0.0594300665f, 0.040479809f, 0.0233904403f, 0.00883845985f, -0.0027587954f, -0.0112637328f,
-    -0.0168003682f, -0.01970453f, -0.020454254f, -0.0195939671f, -0.0176649038f, -0.0151507938f, -0.0124434307f,
-    -0.00982833374f, -0.00748735853f, -0.00551312324f, -0.00392971374f, -0.00271475036f, -0.00181929022f,
-    -0.00118356361f, -0.000747914193f, -0.000459292147f, -0.000274204125f, -0.000159202304f, -8.99156948e-05f,
-    -4.94122942e-05f, -2.64262781e-05f, -1.37567094e-05f, -6.97167434e-06f, -3.44002547e-06f, -1.65287292e-06f},
-    {0.0f, -0.0693553612f, -0.119189322f, -0.150937602f, -0.166819021f, -0.169602677f, -0.162335232f, -0.148067102f,
-    -0.129613623f, -0.10937693f, -0.0892417207f, -0.0705445707f, -0.0541058518f, -0.0403061621f, -0.029187033f,
-    -0.0205570944f, -0.0140892845f, -0.00940004364f, -0.00610674405f, -0.00386392465f, -0.00238159299f,
-    -0.00143018528f, -0.000836868014f, -0.000477206428f, -0.000265202369f, -0.00014364862f, -7.58411188e-05f,
-    -3.90309724e-05f, -1.95809753e-05f, -9.57625343e-06f, -4.56569796e-06f, -2.12217356e-06f},
+// -u * (1 - Phi(u)) for u >= 0 in 16 segments, the middle of segment i being u = i / kSegmentsPerUnit: coefficients for powers
+// of the way back to it, in segments, the highest first. Fits at Chebyshev's nodes, within 2^-22 up to 15.5 segments, where
+// u = 5.
+constexpr int kGeluDegree = 4;
+constexpr float kSegmentsPerUnit = 3.1f, kLastTail = 4.99f;
+constexpr float kGeluSegments[kGeluDegree + 1][16] = {
+    {-0.000708864594f, -0.000558004191f, -0.000184219258f, 0.0001867471f, 0.000379503326f, 0.000363291067f,
+     0.000226447941f, 8.08171826e-05f, -1.03976618e-05f, -4.22456324e-05f, -3.89271263e-05f, -2.47354747e-05f,
+     -1.24723583e-05f, -5.24449024e-06f, -1.88376475e-06f, -5.85997043e-07f},
+    {6.23805136e-06f, 0.00264407392f, 0.00416505523f, 0.0041238945f, 0.00292004272f, 0.00137715205f, 0.000178391274f,
+     -0.000424933532f, -0.000544736919f, -0.000423605525f, -0.00025443596f, -0.000126399449f, -5.35078834e-05f,
+     -1.96128913e-05f, -6.28537919e-06f, -1.77241952e-06f},
+    {0.0415144116f, 0.0373579115f, 0.0266971085f, 0.0138206221f, 0.00302545563f, -0.00339972391f, -0.00556890899f,
+     -0.00502529647f, -0.00346245873f, -0.00197249954f, -0.000959722325f, -0.000405490078f, -0.000150224514f,
+     -4.91053033e-05f, -1.42228146e-05f, -3.66126278e-06f},
+    {0.161290392f, 0.0810785368f, 0.0162558425f, -0.0242341999f, -0.0404643156f, -0.0393073373f, -0.0297355391f,
+     -0.0188418813f, -0.010298362f, -0.00492708292f, -0.00208078511f, -0.000779729045f, -0.000260160043f,
+     -7.74752771e-05f, -2.06284967e-05f, -4.91720493e-06f},
+    {0.0f, -0.120485939f, -0.167362154f, -0.161212876f, -0.12705721f, -0.0861012414f, -0.0512234978f, -0.0270308796f,
+     -0.0127246296f, -0.00536138983f, -0.00202610111f, -0.000687674154f, -0.000209814549f, -5.75826125e-05f,
+     -1.42213903e-05f, -3.16174169e-06f},
 };
 
-// x/2 * (1 + erf(x/sqrt 2)), absolute error under 2^-20 * max(1, |x|): max(x, 0), less what falls off to both sides alike.
+// x/2 * (1 + erf(x/sqrt 2)), absolute error under 2^-21 * max(1, |x|): max(x, 0), less what falls off to both sides alike.
 template <class V>
 MPTQC_INLINE typename V::F gelu(typename V::F x) {
-  const auto size = V::minimum(V::absolute(x), V::set(kLastSegment));
+  const auto size = V::minimum(V::absolute(x), V::set(kLastTail));
   const auto shifted = V::multiply_add(size, V::set(kSegmentsPerUnit), V::set(kShifter));
   const auto segment = V::as_int(shifted);
   const auto back = V::subtract_product(V::subtract(shifted, V::set(kShifter)), size, V::set(kSegmentsPerUnit));
   auto tail = V::look_up(kGeluSegments[0], segment);
   MPTQC_UNROLL
-  for (int i = 1; i < 4; ++i) tail = V::multiply_add(tail, back, V::look_up(kGeluSegments[i], segment));
+  for (int i = 1; i <= kGeluDegree; ++i) tail = V::multiply_add(tail, back, V::look_up(kGeluSegments[i], segment));
   return V::add(V::maximum(x, V::set(0.0f)), tail);
 }
 

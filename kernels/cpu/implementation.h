@@ -17,8 +17,12 @@ struct Implementation {
 extern const Implementation kPortable;
 #if defined(__x86_64__)
 extern const Implementation kAvx2;
+extern const Implementation kAvxVnni;
 extern const Implementation kAvx512Vnni;
 extern const Implementation kAmxInt8;
+
+// Whether the processor has the VNNI that goes without AVX-512.
+bool has_avx_vnni();
 
 // Whether the processor has AMX for int8, and the system lets this process use it: asks for that at the first call.
 bool amx_is_permitted();

@@ -11,7 +11,7 @@
 namespace mptqc {
 namespace {
 
-const char* const kNames[MPTQC_ISA_COUNT] = {"portable", "avx2", "avx512_vnni", "amx_int8"};
+const char* const kNames[MPTQC_ISA_COUNT] = {"portable", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"};
 
 bool is_known(mptqc_isa isa) { return isa >= 0 && isa < MPTQC_ISA_COUNT; }
 
@@ -23,6 +23,8 @@ const Implementation* find(mptqc_isa isa) {
 #if defined(__x86_64__)
     case MPTQC_AVX2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2 : nullptr;
+    case MPTQC_AVX_VNNI:
+      return find(MPTQC_AVX2) != nullptr && has_avx_vnni() ? &kAvxVnni : nullptr;
     case MPTQC_AVX512_VNNI:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -111,23 +111,12 @@ struct LanesAvx2 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
   }
-  static I look_up(const int32_t (&table)[16], I index) { return {look_up(table, index.low), look_up(table, index.high)}; }
-  static __m256i look_up(const int32_t (&table)[16], __m256i index) {
-    const __m256i* eight = reinterpret_cast<const __m256i*>(table);
-    const __m256i first = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(eight), index);
-    const __m256i second = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(eight + 1), index);
-    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second), bit3));
-  }
-  static F look_up(const float (&table)[32], I index) { return {look_up(table, index.low), look_up(table, index.high)}; }
-  // An entry of each eight, of which bits 3 and 4 choose.
-  static __m256 look_up(const float (&table)[32], __m256i index) {
-    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)), bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
-    const __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    const __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-    const __m256 third = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 16), index);
-    const __m256 fourth = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 24), index);
-    return _mm256_blendv_ps(_mm256_blendv_ps(first, second, bit3), _mm256_blendv_ps(third, fourth, bit3), bit4);
+  static F look_up(const float (&table)[16], I index) { return {look_up(table, index.low), look_up(table, index.high)}; }
+  // The entry of the low eight or of the high eight, by bit 3.
+  static __m256 look_up(const float (&table)[16], __m256i index) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
   static I to_int(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
   static F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }

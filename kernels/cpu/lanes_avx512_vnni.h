@@ -60,12 +60,7 @@ struct LanesAvx512Vnni {
   static F minimum(F a, F b) { return _mm512_min_ps(a, b); }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
   static F absolute(F a) { return _mm512_abs_ps(a); }
-  static I look_up(const int32_t (&table)[16], I index) {
-    return _mm512_permutexvar_epi32(index, _mm512_loadu_si512(table));
-  }
-  static F look_up(const float (&table)[32], I index) {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
-  }
+  static F look_up(const float (&table)[16], I index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table)); }
   static I to_int(F a) { return _mm512_cvt_roundps_epi32(a, kNearest); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }

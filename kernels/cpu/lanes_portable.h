@@ -110,14 +110,10 @@ struct LanesPortable {
     for (float& lane : a.lane) lane = std::fabs(lane);
     return a;
   }
-  // The entry that the low 4 or 5 bits of each lane name.
-  static I look_up(const int32_t (&table)[16], I index) {
-    for (int32_t& lane : index.lane) lane = table[lane & 15];
-    return index;
-  }
-  static F look_up(const float (&table)[32], I index) {
+  // The entry that the low 4 bits of each lane name.
+  static F look_up(const float (&table)[16], I index) {
     F out;
-    for (int i = 0; i < 16; ++i) out.lane[i] = table[index.lane[i] & 31];
+    for (int i = 0; i < 16; ++i) out.lane[i] = table[index.lane[i] & 15];
     return out;
   }
   // To nearest, ties to even; a < 2^22. What is below -2^22, or not a number, gives a number as low or lower.

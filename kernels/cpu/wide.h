@@ -129,13 +129,7 @@ struct Wide {
 #undef MPTQC_WIDE_2
 #undef MPTQC_WIDE_3
 
-  static I look_up(const int32_t (&table)[16], I index) {
-    I out;
-    MPTQC_UNROLL
-    for (int i = 0; i < kParts; ++i) out.part[i] = L::look_up(table, index.part[i]);
-    return out;
-  }
-  static F look_up(const float (&table)[32], I index) {
+  static F look_up(const float (&table)[16], I index) {
     F out;
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) out.part[i] = L::look_up(table, index.part[i]);

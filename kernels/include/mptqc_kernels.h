@@ -31,12 +31,13 @@ typedef enum { MPTQC_OK = 0, MPTQC_INVALID_ARGUMENT = 1, MPTQC_OUT_OF_MEMORY = 2
 typedef enum {
   MPTQC_PORTABLE = 0,
   MPTQC_AVX2 = 1,
-  MPTQC_AVX512_VNNI = 2,
-  MPTQC_AMX_INT8 = 3,
-  MPTQC_ISA_COUNT = 4
+  MPTQC_AVX_VNNI = 2,
+  MPTQC_AVX512_VNNI = 3,
+  MPTQC_AMX_INT8 = 4,
+  MPTQC_ISA_COUNT = 5
 } mptqc_isa;
 
-/* "portable", "avx2", "avx512_vnni", "amx_int8". */
+/* "portable", "avx2", "avx_vnni", "avx512_vnni", "amx_int8". */
 MPTQC_EXPORT const char* mptqc_isa_name(mptqc_isa isa);
 
 /* 1 if this build and this processor have it, and the system allows it, else 0. */

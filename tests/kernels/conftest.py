@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_builds import build_with_emulated_amx
+from kernel_builds import build_with_emulation
 from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, c_quantizer
 
 from mptqc.reference.custom_ops import AttentionScales, block_weight
@@ -163,7 +163,7 @@ def library(library_path: Path) -> ctypes.CDLL:
 @pytest.fixture(scope="session")
 def emulated_library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("emulated") / "libmptqc_kernels.so"
-    return build_with_emulated_amx(path, ["cpu", "ort", "ort/cpu"], ["-shared", "-fPIC"])
+    return build_with_emulation(path, ["cpu", "ort", "ort/cpu"], ["-shared", "-fPIC"])
 
 
 EMULATED = "emulated "
@@ -183,6 +183,6 @@ def kernels_of(library_path: Path, request: pytest.FixtureRequest) -> Callable[[
     return make
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512_vnni", "amx_int8", f"{EMULATED}amx_int8"])
+@pytest.fixture(params=["portable", "avx2", "avx_vnni", f"{EMULATED}avx_vnni", "avx512_vnni", "amx_int8", f"{EMULATED}amx_int8"])
 def kernels(request: pytest.FixtureRequest, kernels_of: Callable[[str], Kernels]) -> Iterator[Kernels]:
     yield kernels_of(request.param)

@@ -97,7 +97,7 @@ inline void multiply(int sum, int a, int b) {
 
 }  // namespace emulated_amx
 
-// Stands in for amx_permission.cpp. One source file alone includes this header.
+// Stands in for what processor.cpp says. One source file alone includes this header.
 namespace mptqc {
 bool amx_is_permitted();
 bool amx_is_permitted() { return true; }

@@ -218,6 +218,22 @@ def test_attention_of_small_keys_and_values_is_exact_at_their_limit(kernels, ker
     assert np.array_equal(kernels.attention(*arguments), kernels_of("portable").attention(*arguments))
 
 
+@pytest.mark.parametrize("shift", [-1e9, -3e4, 7e4, 1e9])
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_attention_of_rows_whose_scores_are_all_far_off(kernels, shift, row_scale):
+    """As a mask of a whole row makes them: what is left of the scores' differences counts."""
+    generator = np.random.default_rng(6)
+    q, k, v = (codes(generator, 1, 7, 2 * 24) for _ in "qkv")
+    mask = np.full((1, 1, 7, 7), shift, np.float32)
+    mask[..., 3:] -= 2
+    actual = kernels.attention(q, k, v, 2, SCALES, PROBABILITIES[0], None, mask, row_scale=row_scale)
+    p = ops.attention_probabilities(q, k, 2, SCALES, None, mask)
+    p, largest = ops.scale_rows(p) if row_scale else (p, None)
+    p_codes = ops.quantize_codes(PROBABILITIES[0], p)
+    expected = ops.attention_context(p_codes, PROBABILITIES[0], v, SCALES, largest)
+    assert np.abs(actual - expected).max() <= 0.02 * np.abs(expected).max()
+
+
 def assert_context_of(actual, p, v, p_quantizer, by_row=None):
     """Rows whose codes of P are beyond doubt are equal, bit for bit if no `by_row` multiplies them; a doubtful code may
     be the next one."""
@@ -252,7 +268,7 @@ def test_every_instruction_set_of_the_processor_is_found(library):
     from mptqc.runtime.machine import cpu_features, cpu_info
 
     features = cpu_features(cpu_info()) or {}
-    names = [name for name in ("avx2", "avx512_vnni", "amx_int8") if features.get(name)]
+    names = [name for name in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8") if features.get(name)]
     assert available_isas(library) == ["portable", *names]
 
 
