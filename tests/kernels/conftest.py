@@ -183,6 +183,8 @@ def kernels_of(library_path: Path, request: pytest.FixtureRequest) -> Callable[[
     return make
 
 
-@pytest.fixture(params=["portable", "avx2", "avx_vnni", f"{EMULATED}avx_vnni", "avx512_vnni", "amx_int8", f"{EMULATED}amx_int8"])
+@pytest.fixture(
+    params=["portable", "avx2", "avx_vnni", f"{EMULATED}avx_vnni", "avx512_vnni", "amx_int8", f"{EMULATED}amx_int8"]
+)
 def kernels(request: pytest.FixtureRequest, kernels_of: Callable[[str], Kernels]) -> Iterator[Kernels]:
     yield kernels_of(request.param)
