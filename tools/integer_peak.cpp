@@ -35,7 +35,7 @@ __attribute__((target("avx512f"))) double vnni() {
 
 // 4 tiles of 16 x 16 sums of 64 products.
 __attribute__((target("amx-tile,amx-int8"))) double amx() {
-  constexpr long request_permission = 0x1023, tile_data = 18;  // see kernels/cpu/amx_permission.cpp
+  constexpr long request_permission = 0x1023, tile_data = 18;  // see kernels/cpu/processor.cpp
   if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return 0;
   alignas(64) unsigned char configuration[64] = {1};
   for (int tile = 0; tile < 8; ++tile) {

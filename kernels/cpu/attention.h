@@ -4,6 +4,7 @@
 // Codes of k and v are uint8 but the product wants int8, so 128 is taken off codes and zero point.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "functions.h"
@@ -16,7 +17,6 @@ template <class L>
 struct AttentionTask {
   using V = Wide<L>;
   using F = typename V::F;
-  using I = typename V::I;
   static constexpr int kRows = static_cast<int>(least(Product<L>::kRows, kMostAttentionRows));
 
   const mptqc_attention& a;
@@ -27,7 +27,7 @@ struct AttentionTask {
   uint8_t* codes;  // the same
   int32_t code_sum[kRows];
   float row_factor[kRows];  // what the rows of P were divided by
-  float beyond[kPanel];  // added to the last vectors of a row's scores: 0 in its columns, as low as can be beyond
+  float beyond[kPanel];  // added to the last vectors of a row's scores: 0 in its columns, minus infinity beyond
   QuantizerConstants probability;
   Output output;
   Product<L> product;
@@ -46,7 +46,7 @@ struct AttentionTask {
         probability(arguments.probability),
         output(arguments.quantizer, arguments.output) {
     const int64_t last = last_column();
-    for (int c = 0; c < kPanel; ++c) beyond[c] = last + c < a.columns ? 0.0f : kLowest;
+    for (int c = 0; c < kPanel; ++c) beyond[c] = last + c < a.columns ? 0.0f : -INFINITY;
   }
 
   void run(int64_t task) {
@@ -147,11 +147,10 @@ struct AttentionTask {
   void score_rows(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t stride = a.heads * a.width, block_bytes = ceil_divide(a.width, kBlockInputs) * kBlockBytes;
     const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
-    float row_offset[kRows];  // of scores, for the keys' zero point
+    int32_t row_offset[kRows];
     F largest[kRows];
     for (int r = 0; r < rows; ++r) {
-      const int32_t sum = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
-      row_offset[r] = static_cast<float>(sum) * a.score_scale;
+      row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
       largest[r] = V::set(kLowest);
     }
     for (int64_t column = 0; column < a.columns; column += kPanel) {
@@ -187,9 +186,10 @@ struct AttentionTask {
   // Makes and stores a vector's worth (of U: V or L) of scores, from `column` on.
   template <class U>
   MPTQC_INLINE typename U::F finish_scores(
-      const int32_t* from, float row_offset, int64_t column, const float* bias, const float* mask, float* to) const {
+      const int32_t* from, int32_t row_offset, int64_t column, const float* bias, const float* mask, float* to) const {
     const int n = count<U>(column);
-    auto score = U::multiply_add(U::to_float(U::load(from)), U::set(a.score_scale), U::set(row_offset));
+    const auto sum = U::add(U::load(from), U::set(row_offset));
+    auto score = U::multiply(U::to_float(sum), U::set(a.score_scale));
     if (bias != nullptr) score = U::add(score, U::load(bias + column, n));
     if (mask != nullptr) score = U::add(score, U::load(mask + column, n));
     if (n < U::kValues) score = U::add(score, U::load(beyond));
@@ -203,7 +203,7 @@ struct AttentionTask {
     F total[kRows];
     for (int r = 0; r < rows; ++r) top[r] = V::largest(largest[r]);
     for (int r = 0; r < rows; ++r) total[r] = a.row_scale ? quantize_powers(r, top[r]) : store_powers(r, top[r]);
-    for (int r = 0; r < rows; ++r) sum[r] = V::sum(total[r]);
+    for (int r = 0; r < rows; ++r) sum[r] = V::sum(total[r]);  // of powers, with row_scale of powers / probability.scale
     for (int r = 0; r < rows; ++r) {
       row_factor[r] = a.row_scale ? probability.inverse_scale / sum[r] : 1.0f;
       if (!a.row_scale) quantize_quotients(r, 1.0f / (sum[r] * probability.scale));
@@ -228,7 +228,7 @@ struct AttentionTask {
   }
 
   // Calls work(V or L, first column, factor * e^(score - top)) for all columns of a row; returns the sum of these. Those
-  // beyond the last column add 2^-124 of the largest each.
+  // beyond the last column are 2^-124 of the largest.
   template <class Work>
   MPTQC_INLINE F powers(int r, float top, float factor, const Work& work) const {
     auto total = V::set(0.0f);

@@ -6,17 +6,14 @@
 
 namespace mptqc {
 
-// Floats from 2^23 to 2^24 are whole numbers. Adding 1.5 * 2^23 rounds a float of less than 2^22 to the nearest, ties to
-// even, and leaves it in the low bits.
-constexpr float kShifter = 12582912.0f;
-
 // 2^(i/16), less i in the bits of 1/16, which the sum of power_of_e adds.
 constexpr float kRoots[16] = {
     1.0f, 0.990886867f, 0.982753873f, 0.97564429f, 0.969603539f, 0.964678884f,
     0.960919797f, 0.958377779f, 0.957106769f, 0.957163095f, 0.958605409f, 0.961495161f,
     0.965896428f, 0.971876085f, 0.979504049f, 0.988853276f};
 
-// factor * e^x for x <= 0, relative error under 2^-20; x below -86 count as that, so that no denormal appears.
+// factor * e^x for x <= 0, relative error under 2^-20 down to x = -20, where a power no longer counts; x below -86 count as
+// that, so that no power is a denormal.
 //
 // e^x = 2^(w + part), w being x / ln 2 to the nearest 1/16. A parabola gives 2^part. A shifter of 2^-4 the weight leaves
 // sixteenths in the low bits of its sum: the last four of them name a root of 2, the others are added to its exponent.

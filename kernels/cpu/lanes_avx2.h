@@ -91,10 +91,6 @@ struct LanesAvx2 {
     const F keep = as_float(mask(n));
     return {_mm256_blendv_ps(b.low, a.low, keep.low), _mm256_blendv_ps(b.high, a.high, keep.high)};
   }
-  static I first(int n, I a, I b) {
-    const I keep = mask(n);
-    return {_mm256_blendv_epi8(b.low, a.low, keep.low), _mm256_blendv_epi8(b.high, a.high, keep.high)};
-  }
 
   static F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
   static F subtract(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
@@ -130,12 +126,6 @@ struct LanesAvx2 {
   static I as_int(F a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 
   static float sum(F a) { return sum_halves(a.low, a.high); }
-  static int32_t sum(I a) {
-    int32_t lane[16], total = 0;
-    store(lane, a);
-    for (int32_t x : lane) total += x;
-    return total;
-  }
   static float largest(F a) {
     const __m256 eight = _mm256_max_ps(a.low, a.high);
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -150,7 +140,8 @@ struct LanesAvx2 {
       const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
       total = _mm256_add_epi64(total, _mm256_sad_epu8(some, _mm256_setzero_si256()));
     }
-    int32_t sum = _mm256_extract_epi32(total, 0) + _mm256_extract_epi32(total, 2) + _mm256_extract_epi32(total, 4) + _mm256_extract_epi32(total, 6);
+    const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+    int32_t sum = _mm_extract_epi32(two, 0) + _mm_extract_epi32(two, 2);
     for (; i < n; ++i) sum += codes[i];
     return sum;
   }
@@ -177,6 +168,28 @@ struct LanesAvx2 {
 
   static void block_of_rows(const uint8_t* const rows[4], int8_t* block) { block_of_rows_sse2(rows, block); }
   static void words_of_rows(const uint8_t* const rows[4], int8_t* first_block) { words_of_rows_sse2(rows, first_block); }
+};
+
+// For products of bytes as they are: what inherits has a `dot` for them.
+struct LanesAvx2Bytes : LanesAvx2 {
+  static constexpr int kRows = 6, kVectors = 1;  // 12 registers of sums, of 16
+
+  struct Inputs {
+    __m256i codes;
+  };
+  struct Weights {
+    __m256i low, high;
+  };
+
+  static Inputs spread(const uint8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, sizeof four);
+    return {_mm256_set1_epi32(four)};
+  }
+  static Weights weights(const int8_t* block) {
+    const __m256i* vectors = reinterpret_cast<const __m256i*>(block);
+    return {_mm256_loadu_si256(vectors), _mm256_loadu_si256(vectors + 1)};
+  }
 };
 
 }  // namespace mptqc

@@ -37,7 +37,7 @@ struct LanesAvx512Vnni {
   static void store(int32_t* to, I a) { _mm512_storeu_si512(to, a); }
   static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
     const __m512i codes = _mm512_max_epi32(_mm512_add_epi32(steps, set(zero_point)), set(minimum));
-    _mm_mask_storeu_epi8(to, mask(n), _mm512_cvtepi32_epi8(codes));
+    _mm_mask_storeu_epi8(to, mask(n), _mm512_cvtusepi32_epi8(codes));
   }
   static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum) {
     const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(zero_point));
@@ -50,7 +50,6 @@ struct LanesAvx512Vnni {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, codes));
   }
   static F first(int n, F a, F b) { return _mm512_mask_mov_ps(b, mask(n), a); }
-  static I first(int n, I a, I b) { return _mm512_mask_mov_epi32(b, mask(n), a); }
 
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -72,7 +71,6 @@ struct LanesAvx512Vnni {
   static I as_int(F a) { return _mm512_castps_si512(a); }
 
   static float sum(F a) { return sum_halves(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
-  static int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
 
   static int32_t sum_codes(const uint8_t* codes, int64_t n) {
@@ -82,7 +80,7 @@ struct LanesAvx512Vnni {
       const __mmask64 some = n - i < 64 ? (uint64_t{1} << (n - i)) - 1 : ~uint64_t{0};
       total = _mm512_dpbusd_epi32(total, _mm512_maskz_loadu_epi8(some, codes + i), ones);
     }
-    return sum(total);
+    return _mm512_reduce_add_epi32(total);
   }
 
   static Inputs spread(const uint8_t* codes) {

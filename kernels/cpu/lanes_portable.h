@@ -70,10 +70,6 @@ struct LanesPortable {
     for (int i = n; i < 16; ++i) a.lane[i] = b.lane[i];
     return a;
   }
-  static I first(int n, I a, I b) {
-    for (int i = n; i < 16; ++i) a.lane[i] = b.lane[i];
-    return a;
-  }
 
   static F add(F a, F b) {
     for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
@@ -130,8 +126,8 @@ struct LanesPortable {
     for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(a.lane[i]);
     return out;
   }
-  static I add(I a, I b) {
-    for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
+  static I add(I a, I b) {  // wrapping
+    for (int i = 0; i < 16; ++i) a.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i]));
     return a;
   }
   static I shift_left(I a, int bits) {
@@ -158,11 +154,6 @@ struct LanesPortable {
     for (int half = 8; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
     return a.lane[0];
-  }
-  static int32_t sum(I a) {
-    int32_t total = 0;
-    for (int32_t lane : a.lane) total += lane;
-    return total;
   }
   static float largest(F a) {
     for (int half = 8; half > 0; half /= 2)

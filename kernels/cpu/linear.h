@@ -96,16 +96,18 @@ struct LinearTask {
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
     if (!output.quantized) return V::store(static_cast<float*>(output.data) + index, y, columns);
     const auto& q = output.quantizer;
-    const auto steps = a.residual != nullptr ? steps_near<V>(q, y) : steps_of_quotient<V>(q, y);
+    const auto steps = gelu_is_quantized() ? steps_of_quotient<V>(q, y) : steps_near<V>(q, y);
     store_codes<V>(q, static_cast<uint8_t*>(output.data) + index, steps, columns);
   }
 
+  // Whether nothing but a factor comes between GELU and the quantizer.
+  bool gelu_is_quantized() const { return output.quantized && a.residual == nullptr; }
+
   // What is multiplied with GELU: its multiplier, and the quantizer's inverse scale if that comes next.
   void make_gelu_factor(int64_t first_column) {
-    const bool steps = output.quantized && a.residual == nullptr;
     for (int64_t c = 0; c < kPanel; ++c) {
       gelu_factor[c] = a.multiplier != nullptr ? a.multiplier[first_column + c] : 1.0f;
-      if (steps) gelu_factor[c] *= output.quantizer.inverse_scale;
+      if (gelu_is_quantized()) gelu_factor[c] *= output.quantizer.inverse_scale;
     }
   }
 };

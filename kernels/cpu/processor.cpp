@@ -24,7 +24,10 @@ Registers features(unsigned subleaf) {
 
 }  // namespace
 
-bool has_avx_vnni() { return (features(1).a & 1u << 4) != 0; }
+bool has_avx_vnni() {
+  static const bool has = (features(1).a & 1u << 4) != 0;  // once: CPUID takes long in a virtual machine
+  return has;
+}
 
 bool amx_is_permitted() {
 #if defined(__linux__)

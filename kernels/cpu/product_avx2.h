@@ -14,25 +14,7 @@ constexpr int64_t groups_in_16_bits(int32_t largest_weight) {
 }
 
 // One group at a time.
-struct LanesAvx2Narrow : LanesAvx2 {
-  static constexpr int kRows = 6, kVectors = 1;
-
-  struct Inputs {
-    __m256i codes;
-  };
-  struct Weights {
-    __m256i low, high;
-  };
-
-  static Inputs spread(const uint8_t* codes) {
-    int32_t four;
-    std::memcpy(&four, codes, sizeof four);
-    return {_mm256_set1_epi32(four)};
-  }
-  static Weights weights(const int8_t* block) {
-    const __m256i* vectors = reinterpret_cast<const __m256i*>(block);
-    return {_mm256_loadu_si256(vectors), _mm256_loadu_si256(vectors + 1)};
-  }
+struct LanesAvx2Narrow : LanesAvx2Bytes {
   static __m256i pairs(__m256i codes, __m256i weights) { return _mm256_maddubs_epi16(codes, weights); }
   static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
   static I dot(I sum, Inputs a, Weights w) {

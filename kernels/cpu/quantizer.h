@@ -1,7 +1,7 @@
 // The quantizer of docs/custom-ops.md, on four vectors (V is a Wide) or one (V is a Lanes type).
 #pragma once
 
-#include "functions.h"
+#include "wide.h"
 
 namespace mptqc {
 namespace {

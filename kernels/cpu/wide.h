@@ -6,6 +6,10 @@
 
 namespace mptqc {
 
+// Floats from 2^23 to 2^24 are whole numbers. Adding 1.5 * 2^23 rounds a float of less than 2^22 to the nearest, ties to
+// even, and leaves it in the low bits.
+constexpr float kShifter = 12582912.0f;
+
 // Full unrolling and inlining are a must: arrays of vectors would otherwise live in memory.
 #if defined(__CUDACC__)
 #define MPTQC_UNROLL _Pragma("unroll")
@@ -74,8 +78,7 @@ struct Wide {
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) L::store_codes(to + 16 * i, steps.part[i], zero_point, minimum, lanes(n, i));
   }
-  template <class Vector>
-  static Vector first(int n, Vector a, Vector b) {
+  static F first(int n, F a, F b) {
     if (n == kPanel) return a;
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) a.part[i] = L::first(lanes(n, i), a.part[i], b.part[i]);
@@ -89,7 +92,6 @@ struct Wide {
   static float largest(F a) {
     return L::largest(L::maximum(L::maximum(a.part[0], a.part[1]), L::maximum(a.part[2], a.part[3])));
   }
-  static int32_t sum(I a) { return L::sum(L::add(L::add(a.part[0], a.part[1]), L::add(a.part[2], a.part[3]))); }
 
 #define MPTQC_WIDE_1(Result, name, A)                                 \
   static Result name(A a) {                                           \

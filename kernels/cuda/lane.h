@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../cpu/functions.h"
 #include "../cpu/quantizer.h"
 
 namespace mptqc {

@@ -218,7 +218,7 @@ def test_attention_of_small_keys_and_values_is_exact_at_their_limit(kernels, ker
     assert np.array_equal(kernels.attention(*arguments), kernels_of("portable").attention(*arguments))
 
 
-@pytest.mark.parametrize("shift", [-1e9, -3e4, 7e4, 1e9])
+@pytest.mark.parametrize("shift", [-3.4028235e38, -1e9, -3e4, 7e4, 1e9])
 @pytest.mark.parametrize("row_scale", [False, True])
 def test_attention_of_rows_whose_scores_are_all_far_off(kernels, shift, row_scale):
     """As a mask of a whole row makes them: what is left of the scores' differences counts."""
