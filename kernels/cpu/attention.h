@@ -85,7 +85,7 @@ struct AttentionTask {
           to[d / 4 * kBlockBytes + r * 4 + d % 4] = static_cast<int8_t>(from[r * stride + d] - 128);
     }
     const int32_t constant = static_cast<int32_t>(a.width) * a.q_zero_point * signed_k_zero();
-    offsets(keys, blocks, words, a.q_zero_point, constant, key_offset);
+    offsets(keys, blocks, words, a.q_zero_point - L::kTaken, constant, key_offset);
   }
 
   void block_values(const uint8_t* v) {
@@ -109,13 +109,13 @@ struct AttentionTask {
     }
     const int32_t p_zero = a.probability.zero_point;
     const int32_t constant = static_cast<int32_t>(a.columns) * p_zero * signed_v_zero();
-    offsets(values, blocks, groups, p_zero, constant, value_offset);
+    offsets(values, blocks, groups, p_zero - L::kTaken, constant, value_offset);
   }
 
   // offset[c] = constant - zero_point * (the sum of column c).
   static void offsets(
       const int8_t* data, int64_t blocks, int64_t groups, int32_t zero_point, int32_t constant, int32_t* offset) {
-    const uint8_t ones[4] = {1, 1, 1, 1};
+    constexpr uint8_t one = 1 + L::kTaken, ones[4] = {one, one, one, one};
     for (int64_t block = 0; block < blocks; ++block) {
       auto sum = L::set(int32_t{0});
       for (int64_t group = 0; group < groups; ++group) {

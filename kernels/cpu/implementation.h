@@ -15,7 +15,14 @@ struct Implementation {
 };
 
 extern const Implementation kPortable;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+extern const Implementation kNeonDotprod;
+extern const Implementation kNeonI8mm;
+
+// Whether the processor has dot products of signed bytes, and of unsigned with signed bytes.
+bool has_dotprod();
+bool has_i8mm();
+#elif defined(__x86_64__)
 extern const Implementation kAvx2;
 extern const Implementation kAvxVnni;
 extern const Implementation kAvx512Vnni;

@@ -11,7 +11,8 @@
 namespace mptqc {
 namespace {
 
-const char* const kNames[MPTQC_ISA_COUNT] = {"portable", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"};
+const char* const kNames[MPTQC_ISA_COUNT] = {"portable", "neon_dotprod", "neon_i8mm", "avx2",
+                                             "avx_vnni", "avx512_vnni", "amx_int8"};
 
 bool is_known(mptqc_isa isa) { return isa >= 0 && isa < MPTQC_ISA_COUNT; }
 
@@ -20,7 +21,12 @@ const Implementation* find(mptqc_isa isa) {
   switch (isa) {
     case MPTQC_PORTABLE:
       return &kPortable;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+    case MPTQC_NEON_DOTPROD:
+      return has_dotprod() ? &kNeonDotprod : nullptr;
+    case MPTQC_NEON_I8MM:
+      return has_dotprod() && has_i8mm() ? &kNeonI8mm : nullptr;
+#elif defined(__x86_64__)
     case MPTQC_AVX2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2 : nullptr;
     case MPTQC_AVX_VNNI:

@@ -12,10 +12,12 @@
 #include "x86.h"
 
 namespace mptqc {
+namespace {
 
 struct LanesAvx2 {
   static constexpr int kValues = 16;
   static constexpr int kRows = 4, kVectors = 1;
+  static constexpr int32_t kTaken = 0;
 
   struct F {
     __m256 low, high;
@@ -192,4 +194,5 @@ struct LanesAvx2Bytes : LanesAvx2 {
   }
 };
 
+}  // namespace
 }  // namespace mptqc

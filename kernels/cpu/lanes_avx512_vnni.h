@@ -9,10 +9,12 @@
 #include "x86.h"
 
 namespace mptqc {
+namespace {
 
 struct LanesAvx512Vnni {
   static constexpr int kValues = 16;
   static constexpr int kRows = 6, kVectors = 4;
+  static constexpr int32_t kTaken = 0;
 
   using F = __m512;
   using I = __m512i;
@@ -95,4 +97,5 @@ struct LanesAvx512Vnni {
   static void words_of_rows(const uint8_t* const rows[4], int8_t* first_block) { words_of_rows_sse2(rows, first_block); }
 };
 
+}  // namespace
 }  // namespace mptqc

@@ -4,6 +4,7 @@
 #include "lanes_avx2.h"
 
 namespace mptqc {
+namespace {
 
 struct LanesAvxVnni : LanesAvx2Bytes {
   static I dot(I sum, Inputs a, Weights w) {
@@ -11,4 +12,5 @@ struct LanesAvxVnni : LanesAvx2Bytes {
   }
 };
 
+}  // namespace
 }  // namespace mptqc

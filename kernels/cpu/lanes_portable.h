@@ -9,10 +9,12 @@
 #include <cstring>
 
 namespace mptqc {
+namespace {
 
 struct LanesPortable {
   static constexpr int kValues = 16;
   static constexpr int kRows = 4, kVectors = 1;  // of the product's register tile
+  static constexpr int32_t kTaken = 0;  // what `spread` takes off codes: 0 or 128
 
   struct F {
     float lane[16];
@@ -173,7 +175,7 @@ struct LanesPortable {
     return out;
   }
   static Weights weights(const int8_t* block) { return {block}; }
-  // sum + a · w, exact.
+  // sum + (a - kTaken) · w, exact.
   static I dot(I sum, Inputs a, Weights w) {
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 4; ++j) sum.lane[i] += a.code[j] * w.code[4 * i + j];
@@ -193,4 +195,5 @@ struct LanesPortable {
   }
 };
 
+}  // namespace
 }  // namespace mptqc

@@ -13,6 +13,7 @@ struct LinearTask {
   const mptqc_linear& a;
   Output output;
   float gelu_factor[kPanel];
+  int32_t own_offset[kPanel];
 
   explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output) {}
 
@@ -30,6 +31,7 @@ struct LinearTask {
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
     const int8_t* next = weight.data + panel_bytes;
     if (a.activation == MPTQC_GELU) make_gelu_factor(first_column);
+    const int32_t* offset = offset_of(weight, blocks, first_column);
     // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
     Product<L> product(a.largest_weight);
     Tile<Product<L>::kRows> tiles[2] = {};
@@ -47,12 +49,27 @@ struct LinearTask {
       const Codes input = {a.input + row * a.inputs, a.inputs, a.inputs};
       for (int r = 0; fetch_output && r < rows; ++r) prefetch_output(target_row(row + r) * a.outputs + first_column);
       auto& tile = tiles[waiting == tiles];
-      product.multiply(rows, blocks, input, weight, a.offset + first_column, tile, finish_part);
+      product.multiply(rows, blocks, input, weight, offset, tile, finish_part);
       waiting = &tile;
       waiting_row = row;
       waiting_rows = rows;
     }
     finish_part(0, 1);
+  }
+
+  // The panel's offsets, with what the lanes take off codes given back.
+  const int32_t* offset_of(Blocks w, int blocks, int64_t first_column) {
+    if constexpr (L::kTaken == 0) return a.offset + first_column;
+    constexpr uint8_t one = 1 + L::kTaken, ones[4] = {one, one, one, one};
+    for (int block = 0; block < blocks; ++block) {
+      auto sum = L::set(int32_t{0});
+      for (int64_t byte = 0; byte < w.block_bytes; byte += kBlockBytes) {
+        sum = L::dot(sum, L::spread(ones), L::weights(w.data + block * w.block_bytes + byte));
+      }
+      const auto offset = L::load(a.offset + first_column + 16 * block);
+      L::store(own_offset + 16 * block, L::add(offset, L::shift_left(sum, 7)));
+    }
+    return own_offset;
   }
 
   // Outputs larger than this are not in the second cache when they are written.

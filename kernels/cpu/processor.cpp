@@ -1,6 +1,25 @@
 #include "implementation.h"
 
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace mptqc {
+
+// HWCAP_ASIMDDP and HWCAP2_I8MM.
+#if defined(__linux__)
+bool has_dotprod() { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; }
+bool has_i8mm() { return (getauxval(AT_HWCAP2) & 1ul << 13) != 0; }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
+}  // namespace mptqc
+
+#elif defined(__x86_64__)
 
 #include <cpuid.h>
 #if defined(__linux__)

@@ -14,7 +14,9 @@
 
 namespace mptqc {
 
+namespace {
 struct LanesAmx : LanesAvx512Vnni {};
+}  // namespace
 
 template <>
 class Product<LanesAmx> {

@@ -13,6 +13,8 @@ constexpr int64_t groups_in_16_bits(int32_t largest_weight) {
   return largest_weight > 0 ? 32767 / (2 * 255 * largest_weight) : 0;
 }
 
+namespace {
+
 // One group at a time.
 struct LanesAvx2Narrow : LanesAvx2Bytes {
   static __m256i pairs(__m256i codes, __m256i weights) { return _mm256_maddubs_epi16(codes, weights); }
@@ -26,6 +28,8 @@ struct LanesAvx2Narrow : LanesAvx2Bytes {
 
 // Several groups at a time: sums of 16 bits in registers, those of 32 in the tile.
 struct LanesAvx2Low : LanesAvx2Narrow {};
+
+}  // namespace
 
 // Fewer are not worth the way through the tile.
 constexpr int64_t kLeastGroups = 4;

@@ -27,17 +27,19 @@ extern "C" {
 
 typedef enum { MPTQC_OK = 0, MPTQC_INVALID_ARGUMENT = 1, MPTQC_OUT_OF_MEMORY = 2, MPTQC_CUDA_FAILURE = 3 } mptqc_status;
 
-/* Worst to best. */
+/* Worst to best of each processor. */
 typedef enum {
   MPTQC_PORTABLE = 0,
-  MPTQC_AVX2 = 1,
-  MPTQC_AVX_VNNI = 2,
-  MPTQC_AVX512_VNNI = 3,
-  MPTQC_AMX_INT8 = 4,
-  MPTQC_ISA_COUNT = 5
+  MPTQC_NEON_DOTPROD = 1,
+  MPTQC_NEON_I8MM = 2,
+  MPTQC_AVX2 = 3,
+  MPTQC_AVX_VNNI = 4,
+  MPTQC_AVX512_VNNI = 5,
+  MPTQC_AMX_INT8 = 6,
+  MPTQC_ISA_COUNT = 7
 } mptqc_isa;
 
-/* "portable", "avx2", "avx_vnni", "avx512_vnni", "amx_int8". */
+/* "portable", "neon_dotprod", "neon_i8mm", "avx2", "avx_vnni", "avx512_vnni", "amx_int8". */
 MPTQC_EXPORT const char* mptqc_isa_name(mptqc_isa isa);
 
 /* 1 if this build and this processor have it, and the system allows it, else 0. */
