@@ -3,6 +3,11 @@
 
 #include "mptqc_kernels.h"
 
+// Clang before 16 has the intrinsics of dot products only where all code may use them.
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define MPTQC_NEON
+#endif
+
 namespace mptqc {
 
 // Each runs one task of arguments that were checked.
@@ -15,7 +20,7 @@ struct Implementation {
 };
 
 extern const Implementation kPortable;
-#if defined(__aarch64__)
+#if defined(MPTQC_NEON)
 extern const Implementation kNeonDotprod;
 extern const Implementation kNeonI8mm;
 

@@ -21,7 +21,7 @@ const Implementation* find(mptqc_isa isa) {
   switch (isa) {
     case MPTQC_PORTABLE:
       return &kPortable;
-#if defined(__aarch64__)
+#if defined(MPTQC_NEON)
     case MPTQC_NEON_DOTPROD:
       return has_dotprod() ? &kNeonDotprod : nullptr;
     case MPTQC_NEON_I8MM:

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__aarch64__)
+#include "implementation.h"
+
+#if defined(MPTQC_NEON)
 #include <arm_neon.h>
 
 #if defined(__clang__)

@@ -1,6 +1,6 @@
 #include "implementation.h"
 
-#if defined(__aarch64__)
+#if defined(MPTQC_NEON)
 
 #if defined(__linux__)
 #include <sys/auxv.h>

@@ -36,10 +36,10 @@ constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8
 template <>
 constexpr Signature kSignature<Linear> = {"Linear", kFloat, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64}};
 template <>
-constexpr Signature kSignature<Half<LayerNormQuantize>> = {
+[[maybe_unused]] constexpr Signature kSignature<Half<LayerNormQuantize>> = {
     "LayerNormQuantize", kUint8, 4, 3, {kFloat16, kFloat, kFloat, kInt64}};
 template <>
-constexpr Signature kSignature<Half<Linear>> = {
+[[maybe_unused]] constexpr Signature kSignature<Half<Linear>> = {
     "Linear", kFloat16, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat16, kInt64}};
 template <>
 constexpr Signature kSignature<LinearQuantize> = {
