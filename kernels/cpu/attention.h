@@ -28,6 +28,14 @@ struct AttentionTask {
   int32_t code_sum[kRows];
   float row_factor[kRows];  // what the rows of P were divided by
   float beyond[kPanel];  // added to the last vectors of a row's scores: 0 in its columns, minus infinity beyond
+  // The rows of a bias or mask that belong to the task's scores; null where there is none.
+  struct AddendRows {
+    const float* first = nullptr;
+    int64_t stride = 0;
+
+    const float* row(int64_t t) const { return first != nullptr ? first + t * stride : nullptr; }
+  };
+  AddendRows bias_rows, mask_rows;
   QuantizerConstants probability;
   Output output;
   Product<L> product;
@@ -51,6 +59,8 @@ struct AttentionTask {
 
   void run(int64_t task) {
     const AttentionPlace place(a, task);
+    bias_rows = rows_of(a.bias, place);
+    mask_rows = rows_of(a.mask, place);
     block_keys(place.k(a));
     block_values(place.v(a));
     for (int64_t row = place.first_row; row < place.end_row; row += kRows) {
@@ -158,8 +168,7 @@ struct AttentionTask {
       const int blocks = static_cast<int>(least(kPanelBlocks, ceil_divide(a.columns - column, kBlockOutputs)));
       product.multiply(rows, blocks, query, panel, key_offset + column, tile, nothing_beside);
       for (int r = 0; r < rows; ++r) {
-        const float* bias = addend_row(a.bias, batch, head, row + r);
-        const float* mask = addend_row(a.mask, batch, head, row + r);
+        const float *bias = bias_rows.row(row + r), *mask = mask_rows.row(row + r);
         const int32_t* sum = tile.sum[r];
         float* score = scores + r * layout.padded_columns;
         if (blocks == kPanelBlocks) {
@@ -177,10 +186,10 @@ struct AttentionTask {
     quantize_softmax(rows, largest);
   }
 
-  const float* addend_row(const mptqc_addend& added, int64_t batch, int64_t head, int64_t row) const {
-    if (added.data == nullptr) return nullptr;
-    const int64_t h = added.heads == 1 ? 0 : head, t = added.rows == 1 ? 0 : row;
-    return added.data + ((batch % added.windows * added.heads + h) * added.rows + t) * a.columns;
+  AddendRows rows_of(const mptqc_addend& added, const AttentionPlace& place) const {
+    if (added.data == nullptr) return {};
+    const int64_t head = added.heads == 1 ? 0 : place.head, window = place.batch % added.windows;
+    return {added.data + (window * added.heads + head) * added.rows * a.columns, added.rows == 1 ? 0 : a.columns};
   }
 
   // Makes and stores a vector's worth (of U: V or L) of scores, from `column` on.
