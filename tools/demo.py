@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mptqc
+from mptqc.api import lower
 from mptqc.cli.progress import progress
 from mptqc.data.load import load_samples
 from mptqc.data.preprocess_sources import load_preprocessing
@@ -29,6 +30,7 @@ from mptqc.data.samples import Samples
 from mptqc.recipe import EFFORTS, Effort
 from mptqc.runtime.benchmark import BenchmarkRow, benchmark
 from mptqc.runtime.evaluate import Evaluation, evaluate
+from mptqc.runtime.library import chosen_isa, find_library, load_library
 from mptqc.runtime.machine import cpu_info, processor_name
 from mptqc.runtime.model_io import image_input
 from mptqc.runtime.session import create_session
@@ -85,6 +87,7 @@ def main() -> None:
         console.print(as_table("ViT-S/16 at 224, random weights: size, speed", sized))
         console.print(speed_conditions(sized), soft_wrap=True)
         results["speed"] = as_rows(sized)
+    console.print(kernel_conditions(), soft_wrap=True)
     (arguments.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     console.print(f"Models, plans and results.json are in {arguments.output}/", soft_wrap=True)
 
@@ -131,6 +134,7 @@ def measure(job: Job, arguments: argparse.Namespace, data: Path | None) -> list[
     """Compile, evaluate on `data` if given, and time everything side by side; the float model comes first."""
     with progress("demo") as report:
         files = {"float32": job.model, **write_peers(job, arguments, report), **write_ours(job, arguments, report)}
+        files |= write_native(files["mptqc W8A8"])
         evaluations: list[Evaluation | None] = [None] * len(files)
         if data is not None:
             test = open_samples(data, job)
@@ -169,6 +173,15 @@ def write_ours(job: Job, arguments: argparse.Namespace, report: Report) -> dict[
         result.save(path, path.with_suffix(".plan.json"))
         files[name] = path
     return files
+
+
+def write_native(portable: Path) -> dict[str, Path]:
+    """Lower W8A8 to the kernel library, where there is one."""
+    if find_library() is None:
+        return {}
+    path = portable.with_suffix(".cpu-native.onnx")
+    lower(portable).save(path)
+    return {"W8A8 native": path}
 
 
 def named(name: str, report: Report) -> Report:
@@ -242,6 +255,14 @@ def speed_conditions(candidates: Sequence[Candidate]) -> str:
         f"Times: batch {row.batch}, {row.threads} thread, median of {row.rounds} interleaved rounds, {clock}; "
         f"onnxruntime {onnxruntime.__version__}, {processor_name(cpu_info())}."
     )
+
+
+def kernel_conditions() -> str:
+    """What runs a native model, or why there is none."""
+    library = find_library()
+    if library is None:
+        return "Native models are left out: the kernel library was not built, for lack of a C++17 compiler."
+    return f"Native: --target cpu-native, with mptqc's kernel library ({chosen_isa(load_library(library))})."
 
 
 def as_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
