@@ -13,6 +13,7 @@ is in there is printed, not measured again, so that the grid can be run in piece
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from mptqc import api
 from mptqc.cli.progress import progress
 from mptqc.data.load import load_samples
 from mptqc.data.samples import Samples
+from mptqc.errors import MptqcError
 from mptqc.export.timm_models import export_timm
 from mptqc.graph.io import save_model
 from mptqc.runtime.benchmark import Clock, TimedRun, interleaved, timed_run
@@ -304,4 +306,7 @@ def conditions() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MptqcError as error:
+        sys.exit(f"error: {error}")

@@ -9,6 +9,7 @@ plans and results.json in the output folder.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from mptqc.cli.progress import progress
 from mptqc.data.load import load_samples
 from mptqc.data.preprocess_sources import load_preprocessing
 from mptqc.data.samples import Samples
+from mptqc.errors import MptqcError
 from mptqc.recipe import EFFORTS, Effort
 from mptqc.runtime.benchmark import BenchmarkRow, benchmark
 from mptqc.runtime.evaluate import Evaluation, evaluate
@@ -278,4 +280,7 @@ def as_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MptqcError as error:
+        sys.exit(f"error: {error}")
