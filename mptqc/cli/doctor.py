@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import typer
 from rich.console import Console
@@ -9,6 +10,9 @@ from rich.table import Table
 
 from mptqc.cli.options import JsonOption
 from mptqc.runtime.diagnosis import Diagnosis, diagnose
+
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # one of them is enough
+UNWRAPPED = 2000  # columns for what reads a pipe: paths stay in one piece
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -30,7 +34,8 @@ def _print_tables(diagnosis: Diagnosis) -> None:
     table.add_column(overflow="fold")
     table.add_row("mptqc", f"{diagnosis.mptqc}, Python {diagnosis.python}, {diagnosis.platform}")
     for name, version in diagnosis.packages.items():
-        table.add_row(name, version or "not installed")
+        if name not in RUNTIMES or version or not any(diagnosis.packages[runtime] for runtime in RUNTIMES):
+            table.add_row(name, version or "not installed")
     for name, state in diagnosis.providers.items():
         table.add_row(f"provider {name}", "starts" if state.starts else f"does not start: {state.reason}")
     table.add_row("processor", f"{diagnosis.processor}, {diagnosis.cores} cores")
@@ -41,7 +46,8 @@ def _print_tables(diagnosis: Diagnosis) -> None:
         table.add_row("warning", warning)
     for item in diagnosis.missing:
         table.add_row("missing", f"{item.what}: {item.how}")
-    Console(highlight=False, markup=False).print(table)
+    width = None if sys.stdout.isatty() else UNWRAPPED
+    Console(highlight=False, markup=False, width=width).print(table)
 
 
 def _features_text(diagnosis: Diagnosis) -> str:

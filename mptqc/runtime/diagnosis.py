@@ -21,6 +21,7 @@ EXPORT_PACKAGES = ("torch", "onnxscript", "timm")
 
 NO_KERNELS = "none: everything runs through standard ops"
 NO_CUDA_KERNELS = "none"
+BROKEN = "does not work"
 
 SATURATION_WARNING = (
     "this processor has AVX2 without VNNI: ONNX Runtime adds pairs of uint8 x int8 products in saturating 16 bits. "
@@ -110,7 +111,7 @@ def _kernel_library() -> str:
         path = find_library()
         return NO_KERNELS if path is None else f"{path}, runs on {chosen_isa(load_library(path))}"
     except ProviderError as error:
-        return f"does not work: {error}"
+        return f"{BROKEN}: {error}"
 
 
 def _cuda_kernel_library() -> str:
@@ -121,7 +122,7 @@ def _cuda_kernel_library() -> str:
         devices = cuda.load_cuda_library(path).mptqc_cuda_device_count()
         return f"{path}, {devices or 'no'} CUDA device{'' if devices == 1 else 's'}"
     except ProviderError as error:
-        return f"does not work: {error}"
+        return f"{BROKEN}: {error}"
 
 
 def _missing(
@@ -130,6 +131,8 @@ def _missing(
     missing = []
     if kernels == NO_KERNELS:
         missing.append(Missing("the kernel library (for models compiled for cpu-native)", HOW_TO_BUILD))
+    elif kernels.startswith(BROKEN):
+        missing.append(Missing("a kernel library that works (for models compiled for cpu-native)", "see above"))
     absent = [name for name in EXPORT_PACKAGES if packages[name] is None]
     if absent:
         missing.append(Missing(f"{', '.join(absent)} (for mptqc export)", "pip install 'mptqc[export]'"))
@@ -141,7 +144,8 @@ def _missing(
     elif not provider.starts:
         missing.append(
             Missing(
-                "a CUDA provider that starts", "an NVIDIA GPU and driver, and pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                "a CUDA provider that starts (for --provider cuda)",
+                "an NVIDIA GPU and driver, and pip install 'onnxruntime-gpu[cuda,cudnn]'",
             )
         )
     elif cuda_kernels == NO_CUDA_KERNELS:

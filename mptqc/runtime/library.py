@@ -47,7 +47,9 @@ def load_library(path: Path) -> ctypes.CDLL:
         library.mptqc_isa_name.restype = ctypes.c_char_p
         _ = library.mptqc_trellis_run  # its newest function: an older build lacks it
     except (OSError, AttributeError) as error:
-        raise ProviderError(f"the kernel library {path} does not load ({error}); {HOW_TO_BUILD}.") from error
+        named = os.environ.get(PATH_VARIABLE)
+        remedy = f"{PATH_VARIABLE} names it: correct or unset that" if named == str(path) else HOW_TO_BUILD
+        raise ProviderError(f"the kernel library {path} does not load ({error}); {remedy}.") from error
     return library
 
 
@@ -62,7 +64,7 @@ def chosen_isa(library: ctypes.CDLL) -> str:
     if wanted and wanted not in available:
         raise ProviderError(
             f"{ISA_VARIABLE} is {wanted!r}, which the kernel library does not have on this processor. It has: "
-            f"{', '.join(available)}."
+            f"{', '.join(available)}. Name one of these, or unset it."
         )
     return wanted or available[-1]
 

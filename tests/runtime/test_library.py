@@ -68,13 +68,15 @@ def test_a_named_library_that_is_not_there_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setenv(PATH_VARIABLE, "/nowhere/kernels.so")
     with pytest.raises(ProviderError, match=r"MPTQC_KERNELS is /nowhere/kernels\.so, which is no file"):
         create_session(native_model)
-    assert "is no file" in diagnose().kernel_library
+    found = diagnose()
+    assert "is no file" in found.kernel_library
+    assert any("kernel library that works" in item.what for item in found.missing)
 
 
 def test_a_file_that_is_no_library_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native_model: bytes):
     (tmp_path / "text.so").write_text("not a library")
     monkeypatch.setenv(PATH_VARIABLE, str(tmp_path / "text.so"))
-    with pytest.raises(ProviderError, match=r"text\.so does not load"):
+    with pytest.raises(ProviderError, match=r"text\.so does not load.*correct or unset that"):
         create_session(native_model)
 
 
