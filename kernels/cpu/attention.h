@@ -125,14 +125,9 @@ struct AttentionTask {
   // offset[c] = constant - zero_point * (the sum of column c).
   static void offsets(
       const int8_t* data, int64_t blocks, int64_t groups, int32_t zero_point, int32_t constant, int32_t* offset) {
-    constexpr uint8_t one = 1 + L::kTaken, ones[4] = {one, one, one, one};
     for (int64_t block = 0; block < blocks; ++block) {
-      auto sum = L::set(int32_t{0});
-      for (int64_t group = 0; group < groups; ++group) {
-        sum = L::dot(sum, L::spread(ones), L::weights(data + (block * groups + group) * kBlockBytes));
-      }
       int32_t column[16];
-      L::store(column, sum);
+      L::store(column, sums_of_block<L>(data + block * groups * kBlockBytes, groups));
       for (int i = 0; i < 16; ++i) offset[16 * block + i] = constant - zero_point * column[i];
     }
   }

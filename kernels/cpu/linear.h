@@ -60,12 +60,8 @@ struct LinearTask {
   // The panel's offsets, with what the lanes take off codes given back.
   const int32_t* offset_of(Blocks w, int blocks, int64_t first_column) {
     if constexpr (L::kTaken == 0) return a.offset + first_column;
-    constexpr uint8_t one = 1 + L::kTaken, ones[4] = {one, one, one, one};
     for (int block = 0; block < blocks; ++block) {
-      auto sum = L::set(int32_t{0});
-      for (int64_t byte = 0; byte < w.block_bytes; byte += kBlockBytes) {
-        sum = L::dot(sum, L::spread(ones), L::weights(w.data + block * w.block_bytes + byte));
-      }
+      const auto sum = sums_of_block<L>(w.data + block * w.block_bytes, w.block_bytes / kBlockBytes);
       const auto offset = L::load(a.offset + first_column + 16 * block);
       L::store(own_offset + 16 * block, L::add(offset, L::shift_left(sum, 7)));
     }

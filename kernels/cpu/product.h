@@ -40,6 +40,17 @@ MPTQC_INLINE void add_group(
   }
 }
 
+// The sum of each output's weights in one block, over `groups` groups of 4 inputs.
+template <class L>
+MPTQC_INLINE typename L::I sums_of_block(const int8_t* block, int64_t groups) {
+  constexpr uint8_t one = 1 + L::kTaken, ones[kBlockInputs] = {one, one, one, one};
+  auto sum = L::set(int32_t{0});
+  for (int64_t group = 0; group < groups; ++group) {
+    sum = L::dot(sum, L::spread(ones), L::weights(block + group * kBlockBytes));
+  }
+  return sum;
+}
+
 // Weights wider than this do not stay in the first cache beside the codes: each pass fetches them again from the second, and
 // asks for them this many bytes ahead, since the processor does not see four streams that cross pages coming.
 constexpr int64_t kFirstCachePanel = 32 << 10, kAhead = 16 * kBlockBytes;

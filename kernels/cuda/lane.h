@@ -41,15 +41,12 @@ struct Lane {
   using I = int32_t;
 
   static MPTQC_INLINE F set(float x) { return x; }
-  static MPTQC_INLINE I set(int32_t x) { return x; }
   static MPTQC_INLINE F add(F a, F b) { return a + b; }
-  static MPTQC_INLINE I add(I a, I b) { return a + b; }
   static MPTQC_INLINE F subtract(F a, F b) { return a - b; }
   static MPTQC_INLINE F multiply(F a, F b) { return a * b; }
   static MPTQC_INLINE F multiply_add(F a, F b, F c) { return fmaf(a, b, c); }
   static MPTQC_INLINE F subtract_product(F c, F a, F b) { return fmaf(-a, b, c); }
   static MPTQC_INLINE F minimum(F a, F b) { return fminf(a, b); }
-  static MPTQC_INLINE F maximum(F a, F b) { return fmaxf(a, b); }
   // a < 2^22; what is below -2^22, or not a number, counts as that.
   static MPTQC_INLINE I to_int(F a) { return bits_of(fmaxf(a, -4194304.0f) + kShifter) - kShifterBits; }
   static MPTQC_INLINE F where_at_least(F x, F bound, F a, F b) { return x >= bound ? a : b; }

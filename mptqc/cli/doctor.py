@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mptqc.cli.options import JsonOption
-from mptqc.runtime.diagnosis import Diagnosis, diagnose
+from mptqc.runtime.diagnosis import FLAVOURS, Diagnosis, diagnose
 
-RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # one of them is enough
 UNWRAPPED = 2000  # columns for what reads a pipe: paths stay in one piece
 
 
@@ -33,8 +32,9 @@ def _print_tables(diagnosis: Diagnosis) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("mptqc", f"{diagnosis.mptqc}, Python {diagnosis.python}, {diagnosis.platform}")
+    has_runtime = any(diagnosis.packages[flavour] for flavour in FLAVOURS)
     for name, version in diagnosis.packages.items():
-        if name not in RUNTIMES or version or not any(diagnosis.packages[runtime] for runtime in RUNTIMES):
+        if version or not (has_runtime and name in FLAVOURS):  # one of them is enough
             table.add_row(name, version or "not installed")
     for name, state in diagnosis.providers.items():
         table.add_row(f"provider {name}", "starts" if state.starts else f"does not start: {state.reason}")
