@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mptqc import api
+from mptqc.analysis.bit_variables import REDUCED_BITS
 from mptqc.analysis.pareto import path_points
 from mptqc.cli.lower import echo_lowering
 from mptqc.cli.options import MeanOption, PreprocessOption, StdOption, parse_bytes, parse_floats
@@ -235,6 +236,12 @@ def compile(
     if result.plan.path is not None:
         typer.echo(describe_point(path_points(result.plan)[-1]))
     typer.echo(result.report.summary())
+    written = result.plan.recipe
+    if written.reduce_range and written.weight_bits > REDUCED_BITS:
+        typer.echo(
+            f"weights, k and v of {written.weight_bits} bits are written with {REDUCED_BITS}, exact on processors "
+            "without VNNI too (--full-range keeps 8)"
+        )
     for refusal in result.plan.refusals:
         typer.echo(f"left alone: {refusal.what} at {refusal.site}: {refusal.reason}")
     if result.plan.recipe.target.is_native:

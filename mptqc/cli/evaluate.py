@@ -17,6 +17,9 @@ from mptqc.runtime import evaluate as runtime
 from mptqc.runtime.model_io import image_input, metadata
 from mptqc.runtime.session import create_session
 
+UNRELATED_DB = 1.0
+"""Below it the error is as large as the outputs themselves; compiled models have 10 dB and more."""
+
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="The ONNX model.")],
@@ -64,6 +67,23 @@ def evaluate(
         typer.echo(json.dumps(dataclasses.asdict(result)))
     else:
         _print_table(result)
+        for hint in _hints(result, with_reference=reference is not None):
+            typer.echo(hint)
+
+
+def _hints(result: runtime.Evaluation, *, with_reference: bool) -> list[str]:
+    """What to do about figures that are absent or mean nothing."""
+    hints = []
+    if result.top1 is None:
+        hints.append("top1 and top5 want logits [N, classes] and labels: sub-folders of --data, or labels in the .npz")
+    if not with_reference:
+        hints.append("agreement and sqnr_db want --reference, the float model that this one was compiled from")
+    elif result.sqnr_db is not None and result.sqnr_db < UNRELATED_DB:
+        hints.append(
+            "the outputs are as far from the reference's as those of another model: is --reference the float model "
+            "that this one was compiled from?"
+        )
+    return hints
 
 
 def _print_table(result: runtime.Evaluation) -> None:

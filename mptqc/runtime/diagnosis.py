@@ -148,6 +148,8 @@ def _missing(
                 "an NVIDIA GPU and driver, and pip install 'onnxruntime-gpu[cuda,cudnn]'",
             )
         )
+    elif cuda_kernels.startswith(BROKEN):
+        missing.append(Missing("a CUDA kernel library that works (for models compiled for cuda)", "see above"))
     elif cuda_kernels == NO_CUDA_KERNELS:
         missing.append(Missing("the CUDA kernel library (for models compiled for cuda)", cuda.HOW_TO_BUILD))
     return tuple(missing)

@@ -4,9 +4,15 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
-"""Instruction sets that decide the speed of integer products on x86-64, by their names in /proc/cpuinfo."""
+CPU_FEATURES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "flags": ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),  # x86-64
+        "Features": ("asimddp", "i8mm"),  # 64-bit ARM
+    }
+)
+"""Instruction sets that decide the speed of integer products, by their field and names in /proc/cpuinfo."""
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -21,12 +27,12 @@ def cpu_info(text: str | None = None) -> Mapping[str, str]:
 
 
 def cpu_features(info: Mapping[str, str]) -> Mapping[str, bool] | None:
-    """Say which of CPU_FEATURES the processor has; None where the system does not tell (no x86 "flags" field)."""
-    flags = info.get("flags")
-    if flags is None:
-        return None
-    present = set(flags.split())
-    return {name: name in present for name in CPU_FEATURES}
+    """Say which of its architecture's CPU_FEATURES the processor has; None where the system does not tell."""
+    for field, names in CPU_FEATURES.items():
+        if field in info:
+            present = set(info[field].split())
+            return {name: name in present for name in names}
+    return None
 
 
 def saturates_in_16_bits(features: Mapping[str, bool]) -> bool:
@@ -34,7 +40,7 @@ def saturates_in_16_bits(features: Mapping[str, bool]) -> bool:
 
     Two products of 255 · 127 pass 32767, so codes of 8 bits may overflow; 255 · 64 · 2 = 32640 does not.
     """
-    return features["avx2"] and not (features["avx512_vnni"] or features["avx_vnni"])
+    return features.get("avx2", False) and not (features["avx512_vnni"] or features["avx_vnni"])
 
 
 def saturates_here() -> bool:

@@ -80,6 +80,14 @@ def test_evaluate_table(model: Path, data: Path, capsys):
     out = capsys.readouterr().out
     assert "top1       100.00%" in out
     assert "sqnr_db    -" in out
+    assert "agreement and sqnr_db want --reference" in out
+    assert "top1 and top5 want" not in out
+
+
+def test_evaluate_with_another_model_as_reference(model: Path, data: Path, tmp_path: Path, capsys):
+    other = classifier(tmp_path / "other.onnx", noise=3)
+    assert run("evaluate", other, "--data", data, "--reference", model, "--mean", "0.5", "--std", "0.5") == 0
+    assert "is --reference the float model" in capsys.readouterr().out
 
 
 def test_evaluate_uses_the_stored_preprocessing(tmp_path: Path, data: Path, capsys):

@@ -37,3 +37,9 @@ def test_no_avx2_does_not_saturate():
 
 def test_core_count_is_positive():
     assert core_count() >= 1
+
+
+def test_arm_has_its_own_features():
+    features = cpu_features(cpu_info("processor\t: 0\nFeatures\t: fp asimd asimddp\n"))
+    assert features == {"asimddp": True, "i8mm": False}
+    assert not saturates_in_16_bits(features)
