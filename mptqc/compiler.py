@@ -334,8 +334,8 @@ def lower_compiled(path: Path, target: Target, *, float16: bool = True) -> Compi
     model, plan = load_compiled(path)
     if stage_of(model) is not Stage.QUANTIZED:
         raise StageError(
-            f"{path} was compiled for target {plan.recipe.target.value!r}; only a file of target 'portable' is lowered: "
-            "give the one that it was made from, or compile with --target portable"
+            f"{path} was compiled for target {plan.recipe.target.value!r}; only a file of target 'portable' is "
+            "lowered: give the one that it was made from, or compile with --target portable"
         )
     recipe = plan.recipe.model_copy(update={"target": target, "float16": plan.recipe.float16 and float16})
     plan = plan.model_copy(update={"recipe": recipe})
