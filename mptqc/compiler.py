@@ -31,6 +31,7 @@ from mptqc.graph.tensors import find_tensors
 from mptqc.graph.verify import check_onnx
 from mptqc.passes.base import Stage, StageError, run_passes, stage_of
 from mptqc.passes.canonicalise import canonicalise
+from mptqc.passes.canonicalise_rotary import CanonicaliseRotary
 from mptqc.passes.fold_affine import FoldAffine
 from mptqc.passes.fold_attention import FoldAttention
 from mptqc.passes.fold_gelu import FoldGelu
@@ -210,7 +211,7 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
             f"({len(find_convolutions(model))} of them convolutions). "
             "mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
         )
-    for make in (UnfoldPatches, FoldAffine, SeparateProjections, StampSites):
+    for make in (UnfoldPatches, FoldAffine, SeparateProjections, CanonicaliseRotary, StampSites):
         make(concrete_shapes(model))(model)
     return model
 
@@ -314,7 +315,8 @@ def lower(model: ir.Model, recipe: Recipe) -> None:
         case Target.CPU:
             LowerToCpu()(model)
         case Target.CPU_NATIVE | Target.CUDA:
-            LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
+            rotates = recipe.target is Target.CPU_NATIVE
+            LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2), rotates)(model)
         case Target.TENSORRT:
             LowerToTensorRt()(model)
             check_onnx(model)

@@ -4,6 +4,7 @@
     LayerNormalization -> quantizer -> movement of rows                                 =>  LayerNormQuantize
     quantizer -> unfolded patches                                                       =>  QuantizePatches
     integer product -> Gelu (-> Mul) -> quantizer, or -> movement of rows -> Add(residual)       =>  Linear(Quantize)
+    integer product -> heads -> ·cos + swapped halves·sin -> quantizer                  =>  LinearQuantize
 
 Each is found in the graph that the one before leaves. What an operator cannot express keeps its portable form, and the
 model's metadata says why (`lowering_report`). A second run is refused by its stage.
@@ -18,7 +19,15 @@ import onnx_ir as ir
 
 from mptqc.errors import RefusalError
 from mptqc.graph.batch_shapes import Batches
-from mptqc.graph.edit import AttributeValue, Builder, is_op, only_consumer, remove_dead
+from mptqc.graph.edit import (
+    AttributeValue,
+    Builder,
+    add_initializer,
+    constant_of,
+    is_op,
+    only_consumer,
+    remove_dead,
+)
 from mptqc.graph.emission import WEIGHT_BITS_KEY
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, stored_weight
 from mptqc.graph.layout import Shapes
@@ -32,10 +41,12 @@ from mptqc.graph.native_patterns import (
     match_linear,
     match_norm,
     match_patches,
+    rotated_heads,
+    why_not_rotated,
 )
 from mptqc.graph.quantizer_match import FoundQuantizer, emit_unsigned
 from mptqc.passes.base import Pass, PassResult, Stage
-from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION, CodeAttribute
+from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION, PANEL, CodeAttribute
 
 Candidate = TypeVar("Candidate")
 Pattern = TypeVar("Pattern")
@@ -48,6 +59,7 @@ class LowerToNative(Pass):
     Attributes:
         one: the shape of every value at batch 1 (or at the model's own batch).
         two: the same at batch 2, at which it is seen that no row moves from image to image.
+        rotates: whether the target's library rotates heads.
     """
 
     name: ClassVar[str] = "lower-to-native"
@@ -55,6 +67,7 @@ class LowerToNative(Pass):
     ensures: ClassVar[Stage | None] = Stage.LOWERED
     one: Shapes
     two: Shapes
+    rotates: bool = True
 
     def call(self, model: ir.Model) -> PassResult:
         """Lower attentions, norms, patches and Linears, in this order.
@@ -75,10 +88,15 @@ class LowerToNative(Pass):
         patches = _matches("QuantizePatches", _linears(model), lambda linear: match_patches(linear, shapes), refused)
         for each in patches:
             _lower_patches(each, shapes)
-        linears = _matches("Linear", _linears(model), lambda linear: match_linear(linear, shapes, claimed), refused)
-        refused += _gelus_apart(linears)
+        linears = _matches(
+            "Linear",
+            _linears(model),
+            lambda linear: match_linear(linear, shapes, claimed, rotates=self.rotates),
+            refused,
+        )
+        refused += _gelus_apart(linears) + _rotations_apart(linears, shapes)
         for linear in linears:
-            _lower_linear(linear)
+            _lower_linear(linear, shapes)
         remove_dead(model)
         record_lowering(model, refused)
         edits = len(attentions) + len(norms) + len(patches) + len(linears)
@@ -131,6 +149,18 @@ def _gelus_apart(linears: Iterable[LinearPattern]) -> list[Lowering]:
         if is_op(after, "Gelu"):
             found.append(Lowering(linear.product.site, "Linear with GELU", "what its GELU reads is quantized"))
     return found
+
+
+def _rotations_apart(linears: Iterable[LinearPattern], shapes: Batches) -> list[Lowering]:
+    """The Linears whose heads are rotated behind them, in portable form."""
+    apart = [linear.product for linear in linears if linear.rotated is None]
+    found = [(product.site, rotated) for product in apart if (rotated := rotated_heads(product.output)) is not None]
+    return [
+        Lowering(
+            site, "Linear with rotation", why_not_rotated(rotated, shapes) or "the target's kernels rotate no heads"
+        )
+        for site, rotated in found
+    ]
 
 
 def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
@@ -202,7 +232,7 @@ def _lower_patches(found: PatchesPattern, shapes: Batches) -> None:
     _put(codes, shape, found.target, build, shapes)
 
 
-def _lower_linear(found: LinearPattern) -> None:
+def _lower_linear(found: LinearPattern, shapes: Batches) -> None:
     product = found.product
     anchor = _maker(found.output)
     build = Builder(anchor, product.site)
@@ -225,6 +255,8 @@ def _lower_linear(found: LinearPattern) -> None:
         op_type = "LinearQuantize"
         attributes |= found.quantizer.quantizer.attributes("output")
         operands.append(found.multiplier)
+        if found.rotated is not None:
+            operands += [_in_panels(table, build.graph) for table in (found.rotated.cosine, found.rotated.sine)]
     elif found.residual is not None:
         add, index = found.residual
         operands.append(add.inputs[index])
@@ -232,7 +264,22 @@ def _lower_linear(found: LinearPattern) -> None:
     node = emit_native(op_type, operands, attributes, product.site, build)
     node.metadata_props[WEIGHT_BITS_KEY] = str(weight.bits)
     node.metadata_props[WEIGHT_INPUTS_KEY] = str(inputs)
-    take_place(node.outputs[0], found.output)
+    made = node.outputs[0]
+    if found.rotated is not None and found.quantizer is not None and found.output is found.quantizer.codes:
+        made = build.op("Reshape", [made, build.constant("heads", shapes.target(found.rotated.x))], name="heads")
+        made.dtype = ir.DataType.UINT8
+    take_place(made, found.output)
+
+
+def _in_panels(table: ir.Value, graph: ir.Graph) -> ir.Value:
+    """A table of a rotation [T, 1 or h, d]; one that all heads share fills a panel, [T, PANEL/d, d], made once."""
+    array = constant_of(table)
+    assert array is not None, "tables are constants"
+    if array.shape[1] != 1 or array.shape[2] == PANEL:
+        return table
+    name = f"{table.name}/panel"
+    known = graph.initializers.get(name)
+    return known or add_initializer(graph, name, np.tile(array, (1, PANEL // array.shape[2], 1)))
 
 
 def _put(made: ir.Value, shape: tuple[int, ...], target: ir.Value, build: Builder, shapes: Batches) -> None:

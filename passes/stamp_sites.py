@@ -21,6 +21,7 @@ from mptqc.graph.match import (
     find_norms,
     match_linear_output,
 )
+from mptqc.graph.rotary import match_rotated
 from mptqc.passes.base import Pass, PassResult, Stage
 
 
@@ -76,7 +77,9 @@ def _name_projections(attention: Attention, prefix: str, names: dict[ir.Node, st
     """qkv if one Linear makes all three; else the letters that each one makes (q, k, v, kv, …)."""
     letters: dict[ir.Node, str] = {}
     for letter, value in (("q", attention.q), ("k", attention.k), ("v", attention.v)):
-        linear = match_linear_output(trace(value, shapes).source)
+        source = trace(value, shapes).source
+        rotated = match_rotated(source)
+        linear = match_linear_output(source if rotated is None else trace(rotated.x, shapes).source)
         if linear is not None:
             letters[linear.matmul] = letters.get(linear.matmul, "") + letter
     for node, made in letters.items():

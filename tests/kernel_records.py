@@ -31,6 +31,7 @@ LayerNorm = structure(
     quantizer=Quantizer,
     output=POINTER,
 )
+Rotary = structure("Rotary", tokens=I64, columns=I64, width=I64, cosine=POINTER, sine=POINTER)
 Linear = structure(
     "Linear",
     rows=I64,
@@ -49,6 +50,7 @@ Linear = structure(
     quantizer=ctypes.POINTER(Quantizer),
     output=POINTER,
     largest_weight=I32,
+    rotary=Rotary,
 )
 Attention = structure(
     "Attention",

@@ -17,6 +17,15 @@ bool is_sound(const mptqc_addend& added, const mptqc_attention& a) {
          (added.rows == 1 || added.rows == a.rows);
 }
 
+bool is_sound(const mptqc_rotary& rotary, const mptqc_linear& a) {
+  if (rotary.cosine == nullptr) return true;
+  const int64_t width = rotary.width;
+  return rotary.sine != nullptr && rotary.tokens > 0 && a.rows % rotary.tokens == 0 && width >= 2 && width <= kPanel &&
+         (width & (width - 1)) == 0 && a.outputs % width == 0 && rotary.columns > 0 && rotary.columns % kPanel == 0 &&
+         (rotary.columns == kPanel || rotary.columns == a.outputs) && a.activation == MPTQC_NO_ACTIVATION &&
+         a.residual == nullptr && a.table_size == 0;
+}
+
 }  // namespace
 
 bool is_sound(const mptqc_layer_norm& a) {
@@ -24,7 +33,7 @@ bool is_sound(const mptqc_layer_norm& a) {
 }
 
 bool is_sound(const mptqc_linear& a) {
-  return is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms && is_table(a.table_size, a.rows) &&
+  return is_sound(a.rotary, a) && is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms && is_table(a.table_size, a.rows) &&
          (a.activation == MPTQC_NO_ACTIVATION || a.activation == MPTQC_GELU) && is_sound(a.quantizer);
 }
 

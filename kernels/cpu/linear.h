@@ -100,8 +100,24 @@ struct LinearTask {
     if (a.activation == MPTQC_GELU) return finish_gelu(V::multiply_add(sums, scale, bias), index, columns);
     auto y = V::add(V::multiply(sums, scale), bias);
     if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
+    if (a.rotary.cosine != nullptr) y = rotate(y, row, column);
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
     write<V>(output, index, y, columns);
+  }
+
+  // Heads are powers of two that divide a panel: the partner of an output is half a head away, up or down.
+  typename V::F rotate(typename V::F y, int64_t row, int64_t column) const {
+    const int64_t entry = row % a.rotary.tokens * a.rotary.columns + column % a.rotary.columns;
+    const int half = static_cast<int>(a.rotary.width / 2);
+    alignas(64) float own[kPanel], partner[kPanel];
+    V::store(own, y);
+    if (half >= 16) {
+      for (int c = 0; c < kPanel; c += 16) L::store(partner + c, L::load(own + (c ^ half)));
+    } else {
+      for (int c = 0; c < kPanel; ++c) partner[c] = own[c ^ half];
+    }
+    const auto rotated = V::multiply(V::load(partner), V::load(a.rotary.sine + entry));
+    return V::add(V::multiply(y, V::load(a.rotary.cosine + entry)), rotated);
   }
 
   MPTQC_INLINE void finish_gelu(typename V::F x, int64_t index, int columns) const {

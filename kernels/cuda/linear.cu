@@ -206,7 +206,7 @@ using namespace mptqc;
 mptqc_status mptqc_cuda_linear(const mptqc_linear* arguments, mptqc_cuda_float type, mptqc_cuda_tile tile, void* stream) {
   const mptqc_linear& a = *arguments;
   const auto is_vector = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunk == 0; };
-  if (!is_sound(a) || !is_vector(a.weight) || !is_vector(a.offset) || !is_vector(a.scale) || !is_vector(a.bias) ||
+  if (!is_sound(a) || a.rotary.cosine != nullptr || !is_vector(a.weight) || !is_vector(a.offset) || !is_vector(a.scale) || !is_vector(a.bias) ||
       !is_vector(a.multiplier)) {
     return MPTQC_INVALID_ARGUMENT;
   }

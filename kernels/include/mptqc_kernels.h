@@ -77,8 +77,15 @@ MPTQC_EXPORT mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_
 
 typedef enum { MPTQC_NO_ACTIVATION = 0, MPTQC_GELU = 1 } mptqc_activation;
 
-/* y = activation(float(sum(input * weight) + offset) * scale + bias), then * multiplier, then + residual, then the
-   quantizer */
+/* Rotary position embedding of heads of `width` outputs, 2 to 64 and a power of two: y * cosine + y' * sine, where y' is y
+   with the halves of each head changed over. Row r and output n take entry [r % tokens, n % columns] of the tables. */
+typedef struct {
+  int64_t tokens, columns, width; /* tokens divides rows; columns is 64, or all outputs if they are whole panels */
+  const float *cosine, *sine; /* [tokens, columns]; null: there is no rotation */
+} mptqc_rotary;
+
+/* y = activation(float(sum(input * weight) + offset) * scale + bias), then * multiplier, then the rotation, then
+   + residual, then the quantizer. A rotation goes with no activation, residual or table. */
 typedef struct {
   int64_t rows, inputs, outputs;
   const uint8_t* input; /* [rows, inputs] */
@@ -93,6 +100,7 @@ typedef struct {
   const mptqc_quantizer* quantizer; /* null: the output is float */
   void* output; /* [rows, outputs] uint8 or float */
   int32_t largest_weight; /* no |weight| is above it; 0: not known. Small weights are multiplied faster without VNNI */
+  mptqc_rotary rotary;
 } mptqc_linear;
 
 MPTQC_EXPORT int64_t mptqc_linear_tasks(const mptqc_linear* arguments);

@@ -147,6 +147,19 @@ void Linear::run(const Context& context) const {
 
 LinearQuantize::LinearQuantize(const Node& node, const Backend& backend)
     : LinearBase(node, backend), quantizer_(node.quantizer("output")) {
+  if (node.has_input(5)) {  // then the multiplier's place is empty
+    require(Backend::kHasRotary, "there is no rotation (cosine, sine) on this device");
+    require(activation_ == MPTQC_NO_ACTIVATION, "a rotation goes with activation none");
+    const Tensor cosine = node.constant(5, "cosine", 3), sine = node.constant(6, "sine", 3);
+    const int64_t heads = cosine.shape.size[1], width = cosine.shape.size[2], columns = heads * width;
+    require_shape(text(sine.shape) == text(cosine.shape), "sine", sine, "cosine has " + text(cosine.shape));
+    require_shape(width >= 2 && width <= MPTQC_PANEL && (width & (width - 1)) == 0 && outputs_ % width == 0, "cosine",
+                  cosine, "heads must be 2 to 64 wide, a power of two, and divide " + std::to_string(outputs_) + " outputs");
+    require_shape(columns == MPTQC_PANEL || (columns == outputs_ && columns % MPTQC_PANEL == 0), "cosine", cosine,
+                  "its heads must fill 64 columns, or be all heads if those fill multiples of 64");
+    rotates_ = true;
+    return;
+  }
   if (!node.has_input(4)) return;
   std::vector<float> multiplier = vector_of(node, 4, "multiplier");
   require(multiplier.size() == static_cast<size_t>(outputs_), "multiplier and W_scale differ in size");
@@ -154,9 +167,21 @@ LinearQuantize::LinearQuantize(const Node& node, const Backend& backend)
   multiplier_ = Backend::Array<float>(multiplier);
 }
 
+mptqc_rotary LinearQuantize::rotary(const Context& context, int64_t rows) const {
+  require(!context.has_input(4), "multiplier and rotation exclude each other");
+  const Tensor cosine = context.input(5, "cosine", 3), sine = context.input(6, "sine", 3);
+  const int64_t* size = cosine.shape.size;
+  if (size[0] == 0 || rows % size[0] != 0) {
+    throw std::invalid_argument(found("cosine", cosine) + "its tokens do not divide the " + std::to_string(rows) +
+                                " rows of the input");
+  }
+  return {size[0], size[1] * size[2], size[2], cosine.as<float>(), sine.as<float>()};
+}
+
 void LinearQuantize::run(const Context& context) const {
   Shape shape;
   mptqc_linear arguments = prepare(context, &shape);
+  if (rotates_) arguments.rotary = rotary(context, arguments.rows);
   arguments.multiplier = multiplier_.empty() ? nullptr : multiplier_.data();
   arguments.quantizer = &quantizer_;
   arguments.output = context.output(shape);

@@ -62,8 +62,11 @@ class LinearQuantize : LinearBase {
   void run(const Context& context) const;
 
  private:
+  mptqc_rotary rotary(const Context& context, int64_t rows) const;
+
   mptqc_quantizer quantizer_;
   Backend::Array<float> multiplier_;  // empty: none
+  bool rotates_ = false;
 };
 
 // Attention and AttentionQuantize.

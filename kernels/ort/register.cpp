@@ -15,7 +15,7 @@ struct Signature {
   const char* name;
   ElementType output;
   size_t count, required;
-  ElementType inputs[6];
+  ElementType inputs[7];
 };
 
 // An operator on float16 in place of float32; X and, in a Linear, residual and output are what changes.
@@ -43,7 +43,7 @@ template <>
     "Linear", kFloat16, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat16, kInt64}};
 template <>
 constexpr Signature kSignature<LinearQuantize> = {
-    "LinearQuantize", kUint8, 5, 4, {kUint8, kInt8, kFloat, kFloat, kFloat}};
+    "LinearQuantize", kUint8, 7, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kFloat, kFloat}};
 template <>
 constexpr Signature kSignature<Attention> = {"Attention", kFloat, 5, 3, {kUint8, kUint8, kUint8, kFloat, kFloat}};
 template <>

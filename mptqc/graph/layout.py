@@ -7,6 +7,7 @@ holds, for every element of a value, its flat index in the nearest value that wa
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from mptqc.graph.edit import constant_of, is_op
 
+Number = TypeVar("Number", bound=np.generic)
 Shapes = Mapping[str, tuple[int, ...]]
 """Concrete shape of each value, by value name, at one batch size (see `analysis.shapes`)."""
 
@@ -89,7 +91,7 @@ def _trace_movement(value: ir.Value, shapes: Shapes) -> Trace | None:
     if data is None or constant_of(data) is not None or _name(data) not in shapes:
         return None
     below = trace(data, shapes)
-    index = _move(node, value, below.index, shapes)
+    index = move(node, value, below.index, shapes)
     return None if index is None else Trace(below.source, index)
 
 
@@ -103,8 +105,8 @@ def _trace_concat(node: ir.Node, shapes: Shapes) -> Trace | None:
     return Trace(parts[0].source, np.concatenate([part.index for part in parts], axis=_attribute(node, "axis", 0)))
 
 
-def _move(node: ir.Node, value: ir.Value, index: NDArray[np.int64], shapes: Shapes) -> NDArray[np.int64] | None:
-    """Apply one movement op to an index array; None if its parameters are not constant."""
+def move(node: ir.Node, value: ir.Value, index: NDArray[Number], shapes: Shapes) -> NDArray[Number] | None:
+    """Make `value` by one movement op of an array of its input's shape; None if its parameters are not constant."""
     match node.op_type:
         case "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Identity":
             return index.reshape(shapes[_name(value)])
@@ -127,7 +129,7 @@ def _move(node: ir.Node, value: ir.Value, index: NDArray[np.int64], shapes: Shap
             return None
 
 
-def _slice(node: ir.Node, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
+def _slice(node: ir.Node, index: NDArray[Number]) -> NDArray[Number] | None:
     bounds = [constant_of(value) for value in node.inputs[1:]]
     if any(bound is None for bound in bounds):
         return None

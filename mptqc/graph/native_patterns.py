@@ -26,7 +26,8 @@ from mptqc.graph.quantizer_match import (
     match_reader,
     quantizers_of,
 )
-from mptqc.reference.custom_ops import MOST_TERMS, patches
+from mptqc.graph.rotary import RotatedHeads, match_rotated
+from mptqc.reference.custom_ops import MOST_TERMS, PANEL, ROTATED_WIDTHS, patches
 
 _DEFAULT_EPSILON = 1e-5  # of LayerNormalization
 
@@ -152,7 +153,7 @@ class LinearPattern:
     """A Linear and what follows it: GELU, then a quantizer (behind `multiplier` [N]) or the Add of a residual stream.
 
     `residual` is the Add and the index of its other input; `rows` as `Linear` takes it, [1] if no row moves; `output`
-    is what the operator gives.
+    is what the operator gives. `rotated`: the quantizer reads its heads rotated, and there is none of the rest.
     """
 
     product: IntegerProduct
@@ -164,10 +165,15 @@ class LinearPattern:
     residual: tuple[ir.Node, int] | None
     rows: NDArray[np.int64]
     output: ir.Value
+    rotated: RotatedHeads | None = None
 
 
-def match_linear(product: IntegerProduct, shapes: Batches, claimed: set[ir.Node]) -> LinearPattern:
+def match_linear(
+    product: IntegerProduct, shapes: Batches, claimed: set[ir.Node], *, rotates: bool = True
+) -> LinearPattern:
     """Read a Linear and what follows it; an Add in `claimed` is another Linear's residual, one found is put there.
+
+    Rotations of heads are read only if the library `rotates`.
 
     Raises:
         RefusalError: it is not what the operator computes.
@@ -188,6 +194,10 @@ def match_linear(product: IntegerProduct, shapes: Batches, claimed: set[ir.Node]
     if after is not None and is_op(after, "Gelu") and after.attributes.get_string("approximate", "none") == "none":
         value, activation = after.outputs[0], "gelu"
     no_rows = np.zeros(1, np.int64)
+    rotated = rotated_heads(value)
+    if rotated is not None and rotates and why_not_rotated(rotated, shapes) is None:
+        quantizer, codes = _quantized_rotation(rotated, shapes)
+        return LinearPattern(*taken, activation, None, quantizer, None, no_rows, codes, rotated)
     for x, multiplier in ((value, None), *_scaled(value)):
         quantizers = quantizers_of(x)
         if quantizers is not None and len(quantizers) == 1 and not quantizers[0].signed:
@@ -198,6 +208,43 @@ def match_linear(product: IntegerProduct, shapes: Batches, claimed: set[ir.Node]
     add, index, rows = found
     claimed.add(add)
     return LinearPattern(*taken, activation, None, None, (add, index), rows, add.outputs[0])
+
+
+def rotated_heads(value: ir.Value) -> RotatedHeads | None:
+    """The rotation in mptqc's form that alone reads `value`, parted into heads."""
+    reshape = only_consumer(value)
+    if not is_op(reshape, "Reshape") or reshape is None:
+        return None
+    sums = [node.outputs[0] for term in reshape.outputs[0].consumers() for node in term.outputs[0].consumers()]
+    found = [rotated for total in sums if (rotated := match_rotated(total)) is not None]
+    return found[0] if found and found[0].x is reshape.outputs[0] else None
+
+
+def why_not_rotated(rotated: RotatedHeads, shapes: Batches) -> str | None:
+    """Why `LinearQuantize` cannot rotate these heads; None if it can."""
+    quantizers = quantizers_of(rotated.output)
+    if quantizers is None or len(quantizers) != 1 or quantizers[0].signed:
+        return f"{rotated.output.name} is not read by one quantizer of uint8 codes alone"
+    heads, width = shapes.of(rotated.x)[2:]
+    if width not in ROTATED_WIDTHS:
+        return f"its heads are {width} wide, not one of {', '.join(map(str, ROTATED_WIDTHS))}"
+    table = constant_of(rotated.cosine)
+    if table is not None and table.shape[1] != 1 and heads * width % PANEL:
+        return f"each of its {heads} heads is rotated in its own way, and they fill no multiple of {PANEL} columns"
+    return None
+
+
+def _quantized_rotation(rotated: RotatedHeads, shapes: Batches) -> tuple[FoundQuantizer, ir.Value]:
+    """The quantizer of the rotated heads, and its codes; where they are only read side by side, those."""
+    quantizers = quantizers_of(rotated.output)
+    assert quantizers, "`why_not_rotated` has seen it"
+    codes = quantizers[0].codes
+    _, tokens, heads, width = shapes.of(rotated.x)
+    reader = only_consumer(codes)
+    target = constant_of(reader.inputs[1]) if is_op(reader, "Reshape") and reader is not None else None
+    if reader is None or target is None or target.tolist()[1:] != [tokens, heads * width]:
+        return quantizers[0], codes
+    return quantizers[0], reader.outputs[0]
 
 
 def _scaled(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:

@@ -25,6 +25,7 @@ from mptqc.reference.custom_ops import (
     linear,
     patches,
     quantize_codes,
+    rotate,
     scale_rows,
     unblock_weight,
 )
@@ -57,8 +58,10 @@ def output_bounds(
             a, blocks, weight_scale, bias, residual, rows = _padded(inputs, 6)
             return _linear(attributes, (a, blocks, weight_scale, bias), slack, residual=residual, rows=rows)
         case "LinearQuantize":
-            a, blocks, weight_scale, bias, multiplier = _padded(inputs, 5)
+            a, blocks, weight_scale, bias, multiplier, cosine, sine = _padded(inputs, 7)
             bounds = _linear(attributes, (a, blocks, weight_scale, bias), slack, multiplier=multiplier)
+            if cosine is not None:  # without an activation both bounds are the reference's own output
+                bounds = (rotate(bounds[0], cosine, sine), rotate(bounds[1], cosine, sine))
             return _quantized(bounds, attributes)
         case "Attention":
             return _attention(attributes, inputs, slack)

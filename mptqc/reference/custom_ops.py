@@ -24,6 +24,12 @@ DOMAIN_VERSION = 1
 BLOCK_OUTPUTS, BLOCK_INPUTS = 16, 4
 """Sides of one block of a stored weight: 16 outputs times 4 inputs, one 64-byte vector."""
 
+PANEL = 64
+"""Outputs that a Linear makes together; the tables of a rotation fill whole ones."""
+
+ROTATED_WIDTHS = (2, 4, 8, 16, 32, 64)
+"""Widths of the heads that `LinearQuantize` rotates."""
+
 MOST_TERMS = 32768
 """The operators sum at most so many products of codes in 32 bits."""
 
@@ -132,13 +138,14 @@ def linear(
     input_zero_point: int,
     activation: str = "none",
     multiplier: NDArray[np.float32] | None = None,
+    rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     residual: NDArray[Float] | None = None,
     rows: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float32] | NDArray[Float]:
-    """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (+ residual), each step rounded to float32.
+    """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (rotated) (+ residual), each step in float32.
 
-    a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]. The residual's shape and type (float32
-    or float16, to which the sum is rounded at last), or float32 [.., N].
+    a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]; `rotary` as `rotate` takes it. The
+    residual's shape and type (float32 or float16, to which the sum is rounded at last), or float32 [.., N].
     `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
     """
     accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
@@ -147,6 +154,8 @@ def linear(
         y = gelu(y)
     if multiplier is not None:
         y = y * multiplier
+    if rotary is not None:
+        y = rotate(y, *rotary)
     if rows is not None:
         inverse = np.empty_like(rows)
         inverse[rows] = np.arange(rows.size)
@@ -155,6 +164,20 @@ def linear(
         return y
     with np.errstate(over="ignore"):  # infinity is what float16 has beyond 65504
         return (y.reshape(residual.shape) + residual).astype(residual.dtype)
+
+
+def rotate(y: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rotary position embedding, y·cos + y'·sin with the halves of each head of y changed over in y'; y's shape.
+
+    y [.., N], its rows in groups of T tokens; cosine, sine [T, P/d, d] with d the width of a head: column n of y takes
+    column n % P.
+    """
+    tokens, heads, width = cosine.shape
+    parts = y.reshape(-1, tokens, y.shape[-1] // width, width)
+    swapped = np.roll(parts, width // 2, axis=-1)
+    by_head = np.arange(parts.shape[2]) % heads
+    rotated: NDArray[np.float32] = parts * cosine[:, by_head] + swapped * sine[:, by_head]
+    return rotated.reshape(y.shape)
 
 
 def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_builds import build_with_emulation
-from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, c_quantizer
+from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, Rotary, c_quantizer
 
 from mptqc.reference.custom_ops import AttentionScales, block_weight
 from mptqc.runtime.library import available_isas, find_library, load_library
@@ -23,6 +23,11 @@ def unaligned(array: np.ndarray) -> np.ndarray:
     copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def c_rotary(cosine: np.ndarray, sine: np.ndarray) -> Any:
+    tokens, heads, width = cosine.shape
+    return Rotary(tokens, heads * width, width, cosine.ctypes.data, sine.ctypes.data)
 
 
 class Kernels:
@@ -47,7 +52,7 @@ class Kernels:
 
     def linear(
         self, a, weight, weight_scale, bias, *, input_scale, input_zero_point, activation="none", multiplier=None,
-        residual=None, rows=None, quantizer=None, weight_is_known=True,
+        residual=None, rows=None, quantizer=None, weight_is_known=True, rotary=None,
     ):  # fmt: skip
         inputs, outputs = weight.shape
         blocks = unaligned(block_weight(weight))
@@ -68,13 +73,14 @@ class Kernels:
         residual = None if residual is None else unaligned(residual)
         multiplier = None if multiplier is None else unaligned(np.pad(multiplier, padding))
         c_output = None if quantizer is None else ctypes.pointer(c_quantizer(quantizer))
+        tables = [] if rotary is None else [unaligned(table) for table in rotary]
         arguments = Linear(
             int(np.prod(a.shape[:-1])), inputs, outputs, a.ctypes.data, blocks.ctypes.data, offset.ctypes.data,
             scale.ctypes.data, padded_bias.ctypes.data, ("none", "gelu").index(activation),
             None if multiplier is None else multiplier.ctypes.data,
             None if residual is None else residual.ctypes.data, 0 if rows is None else rows.size,
             None if rows is None else rows.ctypes.data, c_output, address(output),
-            largest_weight if weight_is_known else 0,
+            largest_weight if weight_is_known else 0, Rotary() if rotary is None else c_rotary(*tables),
         )  # fmt: skip
         self.run("linear", arguments)
         return checked(output)

@@ -111,6 +111,14 @@ void linear() {
   arguments.table = rows_table.data();
   arguments.quantizer = quantized ? &output : nullptr;
   arguments.largest_weight = mptqc_linear_largest_weight(blocks, inputs, outputs);
+  const int64_t width = int64_t{2} << size(0, 5), tokens = generator() % 2 == 0 ? rows : 1;
+  const auto cosine = floats(tokens * MPTQC_PANEL), sine = floats(tokens * MPTQC_PANEL);
+  if (rows > 0 && outputs % width == 0 && generator() % 2 == 0) {
+    arguments.activation = MPTQC_NO_ACTIVATION;
+    arguments.residual = nullptr;
+    arguments.table_size = 0;
+    arguments.rotary = {tokens, MPTQC_PANEL, width, cosine.data(), sine.data()};
+  }
   compare("linear", arguments, rows * outputs * (quantized ? 1 : 4), mptqc_linear_tasks(&arguments), mptqc_linear_run);
 }
 

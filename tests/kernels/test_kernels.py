@@ -96,6 +96,23 @@ def test_linear_multiplies_its_outputs_before_it_quantizes_them(kernels, quantiz
     assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
 
 
+@pytest.mark.parametrize("quantizer", [None, *QUANTIZERS])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "tables"),
+    [(1, 64, (1, 64)), (5, 192, (1, 64)), (7, 96, (2, 32)), (3, 48, (4, 16)), (2, 10, (32, 2)), (4, 128, (2, 64))],
+)
+def test_linear_rotates_heads_before_it_quantizes_them(kernels, quantizer, tokens, outputs, tables):
+    generator = np.random.default_rng(outputs)
+    a, weight = codes(generator, 3, tokens, 21), codes(generator, 21, outputs).view(np.int8)
+    scale, bias = np.full(outputs, 1e-3, np.float32), floats(generator, outputs)
+    rotary = (floats(generator, tokens, *tables), floats(generator, tokens, *tables))
+    arguments = {"input_scale": 0.1, "input_zero_point": 128, "rotary": rotary}
+    expected = ops.linear(a, weight, scale, bias, **arguments)
+    if quantizer is not None:
+        expected = ops.quantize_codes(quantizer, expected)
+    assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
+
+
 @pytest.mark.parametrize("extreme", [0, 255])
 def test_linear_sums_extreme_codes_exactly(kernels, extreme):
     a, weight = np.full((7, 300), extreme, np.uint8), np.tile(np.array([-128, 127], np.int8), (300, 10))

@@ -37,6 +37,8 @@ RESIDUAL = random.standard_normal((46, 77)).astype(np.float32)
 ROWS = random.permutation(23)
 MULTIPLIER = np.exp(random.standard_normal(77)).astype(np.float32)
 X = random.standard_normal((2, 23, 35)).astype(np.float32)
+HEADS_INPUTS = {"W": ops.block_weight(W[:, :64]), **{name: LINEAR_INPUTS[name][:64] for name in ("W_scale", "bias")}}
+ROTATION = {name: random.standard_normal((23, 2, 32)).astype(np.float32) for name in ("cosine", "sine")}
 NORM_INPUTS = {name: random.standard_normal(35).astype(np.float32) for name in ("gamma", "beta")}
 Q, K, V = (random.integers(0, 256, (2, size, 48), np.uint8) for size in (9, 13, 13))
 BIAS = random.standard_normal((2, 1, 9, 13)).astype(np.float32)
@@ -104,6 +106,10 @@ CASES: dict[str, tuple[Any, ...]] = {
         "LinearQuantize", {"A": A}, {**LINEAR_INPUTS, "multiplier": MULTIPLIER},
         {**LINEAR, "activation": "gelu", **FOUR_REGIONS.attributes("output")},
     ),
+    "rotate": (
+        "LinearQuantize", {"A": A}, {**HEADS_INPUTS, **ROTATION}, {**LINEAR, **UNIFORM.attributes("output")},
+        "A W W_scale bias - cosine sine",
+    ),
     "attention": ("Attention", {"q": Q, "k": K, "v": V}, {}, ATTENTION),
     "attention with bias": ("Attention", {"q": Q, "k": K, "v": V}, {"bias": BIAS}, ATTENTION),
     "attention with both": (
@@ -130,6 +136,10 @@ def expected(case: str, kernels: Any) -> np.ndarray:
             *linear, **(LINEAR | {"activation": "gelu"}),
             quantizer=FOUR_REGIONS if "multiplier" in case else TWO_REGIONS,
             multiplier=MULTIPLIER if "multiplier" in case else None,
+        ),
+        "rotate": lambda: kernels.linear(
+            A, W[:, :64], HEADS_INPUTS["W_scale"], HEADS_INPUTS["bias"], **LINEAR, quantizer=UNIFORM,
+            rotary=(ROTATION["cosine"], ROTATION["sine"]),
         ),
         "attention": lambda: kernels.attention(
             Q, K, V, 3, SCALES, PROBABILITY, BIAS if "with" in case else None,
@@ -227,6 +237,13 @@ def without(attributes: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in attributes.items() if key != name}
 
 
+def rotation_of(cosine: tuple[int, ...], sine: tuple[int, ...] | None = None) -> tuple[Any, ...]:
+    """The case "rotate" with tables of other shapes."""
+    op, feeds, initializers, *rest = CASES["rotate"]
+    tables = {"cosine": np.zeros(cosine, np.float32), "sine": np.zeros(sine or cosine, np.float32)}
+    return (op, feeds, initializers | tables, *rest)
+
+
 QUANTIZE = CASES["quantize"][3]
 MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
     "input_scale": ("Linear", {"A": A}, LINEAR_INPUTS, without(LINEAR, "input_scale")),
@@ -260,6 +277,10 @@ MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
     "rows must be a permutation": (
         "Linear", {"A": A}, LINEAR_INPUTS | {"rows": np.array([0, 2])}, LINEAR, "A W W_scale bias - rows"
     ),
+    "heads must be 2 to 64 wide": rotation_of((23, 1, 128)),
+    "must fill 64 columns": rotation_of((23, 1, 32)),
+    "cosine has": rotation_of((23, 2, 32), (22, 2, 32)),
+    "activation none": (*CASES["rotate"][:3], CASES["rotate"][3] | {"activation": "gelu"}, CASES["rotate"][4]),
     "gamma and beta": (
         "LayerNormQuantize", {"X": X}, NORM_INPUTS | {"beta": np.zeros(3, np.float32)}, CASES["norm"][3]
     ),
@@ -274,6 +295,7 @@ MALFORMED_SHAPES: dict[str, tuple[str, Arrays]] = {
     "A has shape ": ("linear", {"A": A[..., :0]}),
     "residual has shape": ("linear with residual", {"A": A, "residual": RESIDUAL[:-1]}),
     "rows has 23 entries": ("linear with rows", {"A": A[:, :-1]}),
+    "cosine has shape": ("rotate", {"A": A[:, 1:]}),
     "X has shape": ("norm", {"X": X[..., :-1]}),
     "rows has 23": ("norm with rows", {"X": X[:, 1:]}),
     "an operand has shape": ("attention", {"q": Q[..., :-1], "k": K, "v": V}),

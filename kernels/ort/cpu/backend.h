@@ -15,6 +15,9 @@ class Backend {
   // Whether LayerNormQuantize and Linear exist for float16 too.
   static constexpr bool kHasFloat16 = false;
 
+  // Whether LinearQuantize rotates heads.
+  static constexpr bool kHasRotary = true;
+
   // Constants in the memory that the kernels read.
   template <class T>
   using Array = std::vector<T>;

@@ -20,6 +20,9 @@ class Backend {
   // Whether LayerNormQuantize and Linear exist for float16 too.
   static constexpr bool kHasFloat16 = true;
 
+  // Whether LinearQuantize rotates heads.
+  static constexpr bool kHasRotary = false;
+
   // Constants in the memory that the kernels read.
   template <class T>
   using Array = DeviceArray<T>;
