@@ -8,6 +8,7 @@ from mptqc.passes.complete_layer_norm import CompleteLayerNorm
 from mptqc.passes.convert_opset import ConvertOpset
 from mptqc.passes.decompose_attention import DecomposeAttention
 from mptqc.passes.eliminate_identity import EliminateIdentity
+from mptqc.passes.fold_masks import FoldMasks
 from mptqc.passes.freeze_shapes import FreezeShapes
 from mptqc.passes.fuse_gelu import FuseGelu
 from mptqc.passes.fuse_layer_norm import FuseLayerNorm
@@ -22,6 +23,7 @@ from mptqc.passes.unshare_weights import UnshareWeights
 CANONICAL_PASSES: tuple[Pass, ...] = (
     ConvertOpset(),  # before the two that fold constants: they fold less at opset 13
     FreezeShapes(),
+    FoldMasks(),
     Simplify(),
     LiftConstants(),
     InferShapes(),

@@ -1,29 +1,57 @@
-"""Write the last axis of every Softmax as -1."""
+"""Write the last axis of every Softmax as -1, and leave out what guards it against rows that are masked as a whole."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from mptqc.graph.edit import is_op
+from mptqc.graph.edit import constant_of, is_op, producer, remove_dead, replace_value, scalar_of
 from mptqc.graph.shapes import is_last_axis
 from mptqc.passes.base import Pass, PassResult
 
 
 @dataclass(frozen=True)
 class NormaliseSoftmax(Pass):
-    """Softmax(x; axis=3), x of rank 4, → Softmax(x; axis=-1); other axes stay. One run is a fixpoint."""
+    """Softmax(x; axis=3), x of rank 4, → Softmax(x; axis=-1); other axes stay. One run is a fixpoint.
+
+    p = Softmax(Add(scores, mask))
+    y = Where(IsNaN(p), 0, p)             →    y = p            if no row of mask is -inf all along
+    """
 
     name: ClassVar[str] = "normalise-softmax"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Set the attribute where the axis is surely the last one."""
+        """Set the attribute where the axis is surely the last one; drop the guards that never act."""
         sites = [node for node in model.graph if is_op(node, "Softmax") and _can_change(node)]
         for node in sites:
             node.attributes["axis"] = ir.AttrInt64("axis", -1)
-        return PassResult(model, len(sites))
+        guards = [node for node in model.graph if _never_acts(node)]
+        for node in guards:
+            softmax = node.inputs[2]
+            assert softmax is not None
+            replace_value(node.outputs[0], softmax)
+        if guards:
+            remove_dead(model)
+        return PassResult(model, len(sites) + len(guards))
 
 
 def _can_change(node: ir.Node) -> bool:
     axis = node.attributes.get_int("axis", None)
     return axis is None or (axis != -1 and is_last_axis(axis, node.inputs[0]))
+
+
+def _never_acts(node: ir.Node) -> bool:
+    """Where(IsNaN(p), 0, p), p the Softmax of scores, or of scores and a constant that masks no row as a whole."""
+    if not is_op(node, "Where") or scalar_of(node.inputs[1]) != 0 or node.outputs[0].is_graph_output():
+        return False
+    asked, softmax = producer(node.inputs[0], "IsNaN"), producer(node.inputs[2], "Softmax")
+    if asked is None or softmax is None or asked.inputs[0] is not node.inputs[2]:
+        return False
+    value = softmax.inputs[0]
+    while (add := producer(value, "Add")) is not None:
+        constants = [constant for operand in add.inputs if (constant := constant_of(operand)) is not None]
+        if len(constants) != 1 or not np.isfinite(constants[0]).any(axis=-1).all():
+            return False  # a mask that is computed may be anything
+        value = next(operand for operand in add.inputs if constant_of(operand) is None)
+    return True

@@ -1,3 +1,4 @@
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -26,6 +27,36 @@ def test_left_alone(parse, axis):
     text = ir.to_onnx_text(model)
     assert NormaliseSoftmax()(model).edits == 0
     assert ir.to_onnx_text(model) == text
+
+
+GUARD = " n = IsNaN(p) y = Where(n, nought, p)"
+MASKS = (
+    "<float nought = {0}, float one = {1}, float[4,2] part = {0,-3.4e38,0,0,0,0,0,0}, "
+    "float[2,1] row = {0,0}, float[4,1] whole = {-3.4e38,0,0,0}>"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "dropped"),
+    [
+        ("p = Softmax(x)" + GUARD, True),
+        ("s = Add(x, part) p = Softmax(s)" + GUARD, True),
+        ("s = Add(x, whole) p = Softmax(s)" + GUARD, False),
+        ("e = Exp(x) s = Add(x, e) p = Softmax(s)" + GUARD, False),
+        ("p = Softmax(x)" + GUARD.replace("nought", "one"), False),
+        ("p = Exp(x)" + GUARD, False),
+        ("p = Softmax(x) q = Exp(x) n = IsNaN(q) y = Where(n, nought, p)", False),
+    ],
+)
+def test_guards_against_rows_that_are_masked_as_a_whole(parse, body, dropped):
+    model = parse(f"{HEADER} {MASKS} {{ {body.replace('y = ', 'g = ')} y = Relu(g) }}")
+    for name in ("part", "whole"):
+        if name in model.graph.initializers:
+            array = model.graph.initializers[name].const_value.numpy()
+            infinite = np.where(array < -1e38, -np.inf, array).astype(np.float32)
+            model.graph.initializers[name].const_value = ir.tensor(infinite, name=name)
+    NormaliseSoftmax()(model)
+    assert ("IsNaN" not in [node.op_type for node in model.graph]) is dropped
 
 
 def test_wrong_stage_raises(parse):
