@@ -4,8 +4,8 @@
     W'[:, n] = W[:, n]·a_n     b'_n = b_n·a_n + d_n
 
 c must be a function of the Linear's output channel n alone: LayerScale, the d^-1/2 on q, biases added after a fused
-q/k/v was split. A scalar Mul/Div on the attention scores moves to q the same way. Exact in real arithmetic.
-One run is a fixpoint; a second run finds nothing.
+q/k/v was split. A Mul/Div of the attention scores by one number, or by one for each head, moves to q first, and stays
+there if q is more than a Linear's channels. Exact in real arithmetic. One run is a fixpoint.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mptqc.graph.edit import constant_of, is_op, only_consumer, producer, remove_dead, replace_value, set_initializer
+from mptqc.graph.edit import (
+    Builder,
+    constant_of,
+    is_op,
+    only_consumer,
+    producer,
+    remove_dead,
+    replace_value,
+    set_initializer,
+)
 from mptqc.graph.layout import Shapes, readers, trace
 from mptqc.graph.match import Linear, match_linear_output
 from mptqc.passes.base import Pass, PassResult
@@ -41,9 +50,10 @@ class FoldAffine(Pass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Fold in graph order, so that a chain of affines folds into the same Linear one by one."""
-        edits = 0
+        shapes = dict(self.shapes)
+        edits = sum(_move_to_q(node, shapes) for node in list(model.graph))
         for node in list(model.graph):
-            affine = find_affine(node, self.shapes) or find_score_scale(node, self.shapes)
+            affine = find_affine(node, shapes)
             if affine is None:
                 continue
             _apply(affine)
@@ -85,27 +95,36 @@ def find_affine(node: ir.Node, shapes: Shapes) -> Affine | None:
     return Affine(node, data, linear, scale, shift)
 
 
-def find_score_scale(node: ir.Node, shapes: Shapes) -> Affine | None:
-    """A scalar Mul/Div right behind q·k, moved to q's channels of its Linear; or None."""
+def _move_to_q(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Mul or Div(MatMul(q, k), c) becomes MatMul(Mul or Div(q, c), k); c has one number, or one for each head."""
     parts = _split_operands(node)
-    if parts is None or not is_op(node, "Mul", "Div") or parts[1].size != 1:
-        return None
-    product = producer(parts[0], "MatMul")
-    if product is None or only_consumer(parts[0]) is not node or constant_of(product.inputs[1]) is not None:
-        return None
-    q = product.inputs[0]
-    if q is None or q is product.inputs[1] or q.name not in shapes:
-        return None
-    if shapes.get(str(parts[0].name)) != shapes.get(str(node.outputs[0].name)):
-        return None
-    found = _own_channels(q, product, shapes)
-    if found is None:
-        return None
-    linear, channels = found
-    factor = float(parts[1].reshape(-1)[0])
-    scale = np.ones(len(linear.bias))
-    scale[np.unique(channels)] = factor if node.op_type == "Mul" else 1.0 / factor
-    return Affine(node, parts[0], linear, scale, np.zeros(len(scale)))
+    if parts is None or not is_op(node, "Mul", "Div"):
+        return False
+    scores, constant = parts
+    product = producer(scores, "MatMul")
+    if product is None or only_consumer(scores) is not node or constant_of(product.inputs[1]) is not None:
+        return False
+    q, result = product.inputs[0], node.outputs[0]
+    if (
+        q is None
+        or q is product.inputs[1]
+        or str(q.name) not in shapes
+        or shapes.get(str(scores.name)) != shapes.get(str(result.name))
+    ):
+        return False
+    if constant.size != 1 and (constant.ndim < 2 or constant.shape[-2:] != (1, 1)):
+        return False
+    build = Builder(product, str(node.name))
+    factor = build.constant("factor", (constant if constant.size > 1 else constant.reshape(())).astype(np.float32))
+    scaled = build.op(node.op_type, [q, factor], name="scaled_q")
+    scaled.shape, scaled.type = q.shape, q.type
+    shapes[str(scaled.name)] = shapes[str(q.name)]
+    product.replace_input_with(0, scaled)
+    replace_value(result, scores)
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    graph.remove(node, safe=True)
+    return True
 
 
 def _split_operands(node: ir.Node) -> tuple[ir.Value, NDArray[np.float64]] | None:

@@ -32,7 +32,7 @@ from mptqc.graph.emission import WEIGHT_BITS_KEY
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, stored_weight
 from mptqc.graph.layout import Shapes
 from mptqc.graph.match import Norm, find_norms
-from mptqc.graph.native_attention import AttentionPattern, match_attention
+from mptqc.graph.native_attention import SIDE_BY_SIDE, AttentionPattern, Operand, match_attention
 from mptqc.graph.native_nodes import WEIGHT_INPUTS_KEY, Lowering, emit_blocks, emit_native, record_lowering, take_place
 from mptqc.graph.native_patterns import (
     LinearPattern,
@@ -44,7 +44,7 @@ from mptqc.graph.native_patterns import (
     rotated_heads,
     why_not_rotated,
 )
-from mptqc.graph.quantizer_match import FoundQuantizer, emit_unsigned
+from mptqc.graph.quantizer_match import emit_unsigned
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION, PANEL, CodeAttribute
 
@@ -175,7 +175,8 @@ def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
     inputs: list[ir.Value | None] = []
     for letter, operand, axis in (("q", found.q, 2), ("k", found.k, 3), ("v", found.v, 3)):
         inputs.append(_side_by_side(operand, found, axis, Builder(anchor, f"{site}/{letter}"), shapes))
-        attributes |= {f"{letter}_scale": operand.quantizer.scale, f"{letter}_zero_point": operand.quantizer.zero_point}
+        quantizer = operand.found.quantizer
+        attributes |= {f"{letter}_scale": quantizer.scale, f"{letter}_zero_point": quantizer.zero_point}
     for name, added in zip(("bias", "mask"), found.added, strict=False):
         inputs.append(build.constant(f"scores_{name}", added))
     op_type = "Attention"
@@ -188,17 +189,20 @@ def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
         _put(output, (batch, tokens, heads * size), target, build, shapes)
 
 
-def _side_by_side(
-    operand: FoundQuantizer, found: AttentionPattern, axis: int, build: Builder, shapes: Batches
-) -> ir.Value:
+def _side_by_side(operand: Operand, found: AttentionPattern, axis: int, build: Builder, shapes: Batches) -> ir.Value:
     """The operand's codes as uint8 [batch, tokens, heads·size]; `axis` of the scores has as many tokens."""
-    codes = emit_unsigned(operand, build) if operand.signed else operand.codes
-    scores, shape = shapes.of(found.scores.output), shapes.of(operand.codes)
+    codes = emit_unsigned(operand.found, build) if operand.found.signed else operand.found.codes
+    scores, shape = shapes.of(found.scores.output), shapes.of(operand.found.codes)
     batch, tokens = scores[0], scores[axis]
     wanted = (batch, tokens, int(np.prod(shape)) // (batch * tokens))
-    if shape == wanted:
+    if shape == wanted and operand.order == SIDE_BY_SIDE:
         return codes
-    target = np.array([shapes.target(found.scores.output)[0], *wanted[1:]], np.int64)
+    images = shapes.target(found.scores.output)[0]
+    if operand.order != SIDE_BY_SIDE:
+        parted = np.array([images, tokens, found.heads, wanted[2] // found.heads], np.int64)[list(operand.order)]
+        codes = build.op("Reshape", [codes, build.constant("parted", parted)], name="parted")
+        codes = build.op("Transpose", [codes], {"perm": np.argsort(operand.order).tolist()}, name="together")
+    target = np.array([images, *wanted[1:]], np.int64)
     return build.op("Reshape", [codes, build.constant("rows", target)], name="side_by_side")
 
 

@@ -20,7 +20,7 @@ def randomise_constant_parameters(model: "nn.Module", seed: int) -> int:
     changed = 0
     with torch.no_grad():
         for parameter in model.parameters():
-            if bool((parameter == parameter.flatten()[0]).all()):
+            if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(NOISE * torch.randn(parameter.shape, generator=generator))
                 changed += 1
     return changed

@@ -18,6 +18,17 @@ from mptqc.reference.custom_ops import MOST_TERMS
 # Movement that keeps the order of the elements.
 _RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 _MOST_ADDITIONS = 2
+# How an exporter may lay out the codes of q, k and v, as axes of [B, T, H, d].
+SIDE_BY_SIDE = (0, 1, 2, 3)
+_CODE_ORDERS = (SIDE_BY_SIDE, (0, 2, 1, 3), (0, 2, 3, 1))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The quantizer of q, k or v; its codes are `order` of [B, T, H, d], (0, 1, 2, 3) where heads lie side by side."""
+
+    found: FoundQuantizer
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,9 +43,9 @@ class AttentionPattern:
     scores: IntegerProduct
     context: IntegerProduct
     heads: int
-    q: FoundQuantizer
-    k: FoundQuantizer
-    v: FoundQuantizer
+    q: Operand
+    k: Operand
+    v: Operand
     p: FoundQuantizer
     added: tuple[NDArray[np.float32], ...]
     row_scale: bool
@@ -67,12 +78,12 @@ def match_attention(scores: IntegerProduct, context: IntegerProduct, shapes: Bat
     q = _operand("q", scores.left, (0, 2, 1, 3), shapes)
     k = _operand("k", scores.right, (0, 3, 1, 2), shapes)
     v = _operand("v", context.right, (0, 2, 1, 3), shapes)
-    for letter, found, scale, zero_point in (
+    for letter, operand, scale, zero_point in (
         ("q", q, scores.left_scale, scores.left_zero),
         ("k", k, scores.right_scale, scores.right_zero),
         ("v", v, context.right_scale, context.right_zero),
     ):
-        if not found.agrees(scale, zero_point):
+        if not operand.found.agrees(scale, zero_point):
             raise RefusalError(f"its product does not take the codes of {letter} as they are made")
     result = context.output if divided is None else _restored(context.output, divided)
     output, targets = _joined_heads(result, shapes)
@@ -99,15 +110,33 @@ def _score_path(scores: IntegerProduct, shapes: Batches) -> tuple[tuple[NDArray[
             break
         if is_op(node, "Add"):
             other = constant_of(node.inputs[1] if node.inputs[0] is value else node.inputs[0])
-            if other is None or shapes.of(node.outputs[0]) != shapes.of(value) or len(added) == _MOST_ADDITIONS:
-                raise RefusalError(f"Add {node.name} adds something to its scores that is computed, or a third thing")
+            if other is None or shapes.of(node.outputs[0]) != shapes.of(value):
+                raise RefusalError(f"Add {node.name} adds something to its scores that is computed")
             added.append(_window_bias(other, shapes.of(value), scores.output, shapes))
         elif not is_op(node, *_RESHAPES):
             raise RefusalError(f"{node.op_type} {node.name} lies between its scores and their softmax")
         value = node.outputs[0]
     if node.attributes.get_int("axis", -1) != -1:
         raise RefusalError(f"{node.name} is not over the last axis")
-    return tuple(added), node
+    return _joined_additions(added), node
+
+
+def _joined_additions(added: list[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
+    """As many as the operator takes: those of one shape are added up.
+
+    Raises:
+        RefusalError: there are more.
+    """
+    joined: list[NDArray[np.float32]] = []
+    for each in added:
+        alike = [i for i, other in enumerate(joined) if other.shape == each.shape]
+        if len(added) > _MOST_ADDITIONS and alike:
+            joined[alike[0]] = joined[alike[0]] + each
+        else:
+            joined.append(each)
+    if len(joined) > _MOST_ADDITIONS:
+        raise RefusalError(f"{len(joined)} constants of several shapes are added to its scores, not {_MOST_ADDITIONS}")
+    return tuple(joined)
 
 
 def _window_bias(
@@ -132,19 +161,22 @@ def _repeated(part: NDArray[np.float32], whole: NDArray[np.float32]) -> NDArray[
     return np.broadcast_to(part, (len(whole) // len(part), *part.shape))
 
 
-def _operand(letter: str, value: ir.Value, to_rows: tuple[int, ...], shapes: Batches) -> FoundQuantizer:
-    """The quantizer of an operand whose heads lie side by side: [B, H, T, d] (`to_rows` of it) of [B·T, H·d]."""
+def _operand(letter: str, value: ir.Value, to_rows: tuple[int, ...], shapes: Batches) -> Operand:
+    """The quantizer of an operand [B, H, T, d] or [B, H, d, T], `to_rows` of which is [B, T, H, d]."""
     moved = trace(value, shapes.two)
     found = match_quantizer(moved.source)
     if found is None:
         raise RefusalError(f"{letter} is moved in a way that cannot be followed to its quantizer")
-    index = moved.index.transpose(to_rows).reshape(-1) if moved.index.ndim == 4 else np.zeros(0)
-    size = int(np.prod(shapes.of(moved.source)))
-    if not np.array_equal(index, np.arange(size)):
-        raise RefusalError(f"the heads of {letter} do not lie side by side in {moved.source.name}")
+    index = moved.index.transpose(to_rows) if moved.index.ndim == 4 else np.zeros((0, 0, 0, 0), np.int64)
+    straight = np.arange(int(np.prod(shapes.of(moved.source))))
+    for order in _CODE_ORDERS:
+        if np.array_equal(index.transpose(order).reshape(-1), straight):
+            break
+    else:
+        raise RefusalError(f"the heads of {letter} lie in {moved.source.name} in a way that cannot be followed")
     if found.signed and found.quantizer.m:
         raise RefusalError(f"{letter} has a quantizer of several regions in an int8 container")
-    return found
+    return Operand(found, order)
 
 
 def _joined_heads(context: ir.Value, shapes: Batches) -> tuple[FoundQuantizer | None, tuple[ir.Value, ...]]:

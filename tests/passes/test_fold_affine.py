@@ -89,12 +89,25 @@ SCORES = "g (float[b,3,4] x) => (float[b,2,3,3] y)"
 def test_a_scale_on_the_scores_goes_to_q(parse, run_model, scale):
     body = graph(HEADS + SECOND + f"s = MatMul(t, k)\ny = {scale}", SCORES)
     before, model = parse(body), parse(body)
-    assert fold(model) == 1
+    assert fold(model) == 2  # to q, and into its Linear
     q, key = find_linears(model)
     np.testing.assert_array_equal(q.bias, find_linears(before)[0].bias * (2 if "Div" in scale else 0.5))
     np.testing.assert_array_equal(key.bias, find_linears(before)[1].bias)
     (wanted,), (got,) = run_model(before, feeds()), run_model(model, feeds())
     assert np.abs(got - wanted).max() <= tolerance(wanted)
+
+
+@pytest.mark.parametrize(("factor", "size"), [("half", 1), ("per_head", 2)])
+def test_a_scale_on_the_scores_stays_at_a_q_that_is_no_linear_s(parse, run_model, factor, size):
+    body = graph(HEADS + SECOND + f"q = Relu(t)\ns = MatMul(q, k)\nm = Mul(s, {factor})\ny = Relu(m)", SCORES)
+    before, model = parse(body), parse(body)
+    assert fold(model) == 1
+    (scaled,) = [node for node in model.graph if node.op_type == "Mul"]
+    assert [node.op_type for node in scaled.outputs[0].consumers()] == ["MatMul"]
+    assert scaled.inputs[1].const_value.numpy().size == size
+    (wanted,), (got,) = run_model(before, feeds()), run_model(model, feeds())
+    assert np.abs(got - wanted).max() <= tolerance(wanted)
+    assert fold(model) == 0
 
 
 NEGATIVES = {

@@ -342,7 +342,7 @@ FLOAT_GELU = {**WHOLE_BLOCK, "LinearQuantize": 4, "Linear": 2}
         (make_output("s", ["n", 2, 7, 7]), "block00.attention", "s, on the way to its softmax", PORTABLE_ATTENTION),
         (subtract_from_scores, "block00.attention", "Sub test/Sub lies between", PORTABLE_ATTENTION),
         (compute_the_mask, "block00.attention", "Add sm adds something", PORTABLE_ATTENTION),
-        (interleave_heads, "block00.attention", "heads of q do not lie side by side", INTERLEAVED),
+        (interleave_heads, "block00.attention", "the heads of q lie in", INTERLEAVED),
         (make_output("f", ["n", 7, 20]), None, "", FLOAT_GELU),
         (make_output("g", ["n", 7, 20]), None, "", FLOAT_GELU),
         (approximate_gelu, None, "", FLOAT_GELU),
@@ -358,6 +358,44 @@ def test_what_an_operator_cannot_express_keeps_its_portable_form(
     assert [each.site for each in refusals(native)] == ([] if site is None else [site])
     assert all(reason in each.reason for each in refusals(native))
     compare_with_portable(native, portable, {"x": X})
+
+
+@pytest.mark.parametrize("letters", ["q", "k", "v", "qkv"])
+def test_codes_whose_heads_lie_apart_are_brought_together(block: MakeModel, block_plan: MakePlan, letters: str) -> None:
+    """What is made after the heads are parted is quantized there: q and v [B, H, T, d], k [B, H, d, T]."""
+    model = block()
+    for letter in letters:
+        moved = node(model, letter)
+        reader = moved.outputs[0].consumers()[0]
+        opposite = Builder(reader, letter).op("Neg", [moved.outputs[0]])
+        reader.replace_input_with("qkv".index(letter) % 2 if letter != "v" else 1, opposite)
+    portable, native = lower(model, block_plan())
+    assert native_counts(native)["AttentionQuantize"] == 1
+    assert len([each for each in native.graph if each.op_type == "Transpose" and "together" in str(each.name)]) == len(
+        letters
+    )
+    compare_with_portable(native, portable, {"x": X})
+    expected = create_session(serialize(portable), threads=1).run(None, {"x": X})[0]
+    assert np.array_equal(run_native(native, {"x": X})[0], expected)
+
+
+@pytest.mark.parametrize(("more", "left"), [(("same", "same"), 1), (("by head", "same"), 2), (("by head",), 2)])
+def test_more_additions_than_two_are_joined(
+    block: MakeModel, block_plan: MakePlan, more: tuple[str, ...], left: int
+) -> None:
+    model = block()
+    softmax, random = node(model, "a"), np.random.default_rng(0)
+    build = Builder(softmax, "more")
+    scores = node(model, "sm").outputs[0]
+    for each in more:
+        constant = random.normal(size=(1, 2 if each == "by head" else 1, 7, 7)).astype(np.float32)
+        scores = build.op("Add", [scores, build.constant("mask", constant)])
+    softmax.replace_input_with(0, scores)
+    portable, native = lower(model, block_plan(8, 8, two_region=False))
+    attention = next(each for each in native_nodes(native) if each.op_type == "AttentionQuantize")
+    assert len(attention.inputs) == 3 + left
+    expected = create_session(serialize(portable), threads=1).run(None, {"x": X})[0]
+    assert np.abs(run_native(native, {"x": X})[0] - expected).max() < 0.02 * np.abs(expected).max()  # a code or two
 
 
 def test_a_constant_added_to_every_image_is_no_residual(block: MakeModel, block_plan: MakePlan) -> None:
