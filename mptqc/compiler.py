@@ -36,11 +36,13 @@ from mptqc.passes.fold_affine import FoldAffine
 from mptqc.passes.fold_attention import FoldAttention
 from mptqc.passes.fold_gelu import FoldGelu
 from mptqc.passes.fold_smoothing import FoldSmoothing
+from mptqc.passes.join_heads import JoinHeads
 from mptqc.passes.lower_to_cpu import LowerToCpu
 from mptqc.passes.lower_to_native import LowerToNative
 from mptqc.passes.lower_to_tensorrt import LowerToTensorRt
 from mptqc.passes.mark_tensors import MarkTensors
 from mptqc.passes.pack_weights import PackWeights
+from mptqc.passes.part_heads import PartHeads
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
 from mptqc.passes.quantize_linears import QuantizeLinears
@@ -211,7 +213,9 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
             f"({len(find_convolutions(model))} of them convolutions). "
             "mptqc compiles vision transformers (ViT, DeiT, Swin, …); for a CNN use onnxruntime.quantization"
         )
-    for make in (UnfoldPatches, FoldAffine, SeparateProjections, CanonicaliseRotary, StampSites):
+    UnfoldPatches(concrete_shapes(model))(model)
+    PartHeads(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
+    for make in (FoldAffine, SeparateProjections, CanonicaliseRotary, JoinHeads, StampSites):
         make(concrete_shapes(model))(model)
     return model
 

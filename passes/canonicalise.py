@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from mptqc.passes.base import Pass, run_passes
+from mptqc.passes.batch_first import BatchFirst
 from mptqc.passes.canonicalise_linear import CanonicaliseLinear
 from mptqc.passes.complete_layer_norm import CompleteLayerNorm
 from mptqc.passes.convert_opset import ConvertOpset
@@ -38,6 +39,7 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     UnflattenLinear(),
     UnshareWeights(),
     InferShapes(),
+    BatchFirst(),
 )
 
 

@@ -140,7 +140,11 @@ def _operand_axes(node: ir.Node, axis: int, shapes: Shapes, *, fixed_batch: bool
         return {0: len(shape) - 1 - axis if permutation is None else permutation[axis]}
     if is_op(node, "MatMul"):
         left, right = _shape(node.inputs[0], shapes), _shape(node.inputs[1], shapes)
-        if left is None or right is None or min(len(left), len(right)) < 2 or axis != len(shape) - 2:
+        if left is None or right is None or min(len(left), len(right)) < 2:
+            return None
+        if constant_of(node.inputs[1]) is not None and len(right) == 2 and axis < len(shape) - 1:
+            return {0: axis}
+        if axis != len(shape) - 2:
             return None
         return {0: len(left) - 2}
     if is_op(node, *BROADCASTING):

@@ -272,3 +272,24 @@ float[b,1,4] a, float[b,1,4] z>
    y = Gather <axis: int = 1> (z, one_1)
 }
 """
+
+
+def test_a_linear_of_tokens_first_stays_whole(smoothed, run_model):
+    """Its product and its bias get fewer rows together."""
+    random = np.random.default_rng(0)
+    arrays = {
+        "W": random.normal(size=(4, 4)).astype(np.float32),
+        "b": random.normal(size=4).astype(np.float32),
+        "zero": np.array(0, np.int64),
+    }
+    body = (
+        "t = Transpose<perm=[1,0,2]>(x)\nm = MatMul(t, W)\nl = Add(m, b)\nu = Transpose<perm=[1,0,2]>(l)\n"
+        "f = Relu(u)\ny = Gather<axis=1>(f, zero)"
+    )
+    model = smoothed("float[n,5,4] x", "float[n,4] y", body, {}, arrays)
+    x = {"x": random.normal(size=(3, 5, 4)).astype(np.float32)}
+    (wanted,) = run_model(model, x)
+    assert PruneTokens(concrete_shapes(model))(model).edits
+    (linear,) = find_linears(model)
+    assert concrete_shapes(model)[str(linear.output.name)] == (1, 1, 4)
+    np.testing.assert_allclose(run_model(model, x)[0], wanted, rtol=0, atol=1e-5)
