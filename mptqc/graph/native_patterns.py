@@ -125,6 +125,8 @@ class PatchesPattern:
 def match_patches(product: IntegerProduct, shapes: Batches) -> PatchesPattern | None:
     """The patches that a Linear reads, or None if it reads something else.
 
+    Patches of one row are no patches: heads are joined so too, which ONNX Runtime's Transpose does faster.
+
     Raises:
         RefusalError: their shape depends on the batch in more than one dimension.
     """
@@ -140,7 +142,7 @@ def match_patches(product: IntegerProduct, shapes: Batches) -> PatchesPattern | 
     positions = np.arange(moved.index.size).reshape(shape) if moved.index.size == np.prod(shape) else None
     for columns in divisors(width):
         rows = size // (channels * columns)
-        if positions is None or rows * channels * columns != size or height % max(rows, 1):
+        if positions is None or rows * channels * columns != size or rows < 2 or height % rows:
             continue
         if np.array_equal(patches(positions, rows, columns).reshape(-1), moved.index.reshape(-1)):
             shapes.target(product.left)

@@ -326,7 +326,7 @@ def approximate_gelu(model: ir.Model) -> None:
 
 
 INTERLEAVED = {"LayerNormQuantize": 1, "LinearQuantize": 3, "Linear": 3}  # q, proj and fc1 quantize; k and v are int8
-PORTABLE_ATTENTION = {**INTERLEAVED, "QuantizePatches": 1}  # that is how heads are joined too, one row a patch
+PORTABLE_ATTENTION = INTERLEAVED
 FLOAT_GELU = {**WHOLE_BLOCK, "LinearQuantize": 4, "Linear": 2}
 
 
