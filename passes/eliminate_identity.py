@@ -10,6 +10,8 @@ from mptqc.graph.edit import constant_of, is_op, producer, remove_dead, replace_
 from mptqc.graph.shapes import dims_of, equal_when_sizes_match
 from mptqc.passes.base import Pass, PassResult
 
+_BROADCASTING = ("Add", "Sub", "Mul", "Div")
+
 logger = logging.getLogger(__name__)
 
 
@@ -19,6 +21,8 @@ class EliminateIdentity(Pass):
 
         y = Identity(x)
         z = Relu(y)          →      z = Relu(x)
+
+        y = Div(x, Expand(n))      →   y = Div(x, n)         (Expand, if what reads it makes it as large anyway)
 
     A Reshape counts only if input and output shape are proved equal. A node between a graph input (or an
     initializer) and a graph output stays: an output must be made by a node. One run is a fixpoint.
@@ -64,10 +68,20 @@ def _does_nothing(node: ir.Node) -> bool:
         return source.dtype is not None and source.dtype == node.attributes["to"].as_int()
     if is_op(node, "Reshape"):
         return equal_when_sizes_match(dims_of(source), dims_of(output))
+    if is_op(node, "Expand"):
+        read = not output.is_graph_output() and len(output.uses()) > 0
+        return read and all(_expands_by_itself(use.node, output) for use in output.uses())
     if is_op(node, "Transpose") and "perm" in node.attributes:
         perm = list(node.attributes["perm"].as_ints())
         return perm == list(range(len(perm)))
     return False
+
+
+def _expands_by_itself(reader: ir.Node, expanded: ir.Value) -> bool:
+    """True for an element-wise op whose other operand surely has the expanded size."""
+    dims = dims_of(expanded)
+    others = [dims_of(value) for value in reader.inputs if value is not expanded]
+    return is_op(reader, *_BROADCASTING) and dims is not None and None not in dims and others == [dims]
 
 
 def _is_inference_dropout(node: ir.Node) -> bool:

@@ -3,9 +3,10 @@
     Linear(x) [L, T, 3C] -> any movement -> q [L, h, T, d], k [L, h, d, T], v [L, h, T, d]
  => Linear_q(x) -> Reshape [0, 0, h, d] -> Transpose 0213 -> q,  k: Transpose 0231,  v: as q
 
-The columns of each new weight are ordered (head, channel of head). Exact: columns are only picked. Separate
-projections let each operand be quantized before it is transposed, and let folds speak of q, k and v alone. An operand
-whose elements cannot be followed to the columns of one Linear is left as it is. A second run finds nothing new.
+The columns of each new weight are ordered (head, channel of head). Exact: columns are only picked. Separate projections
+let each operand be quantized before it is transposed, and let folds speak of q, k and v alone. If q and k are normed on
+their way, what is normed [L, h, T, d] is rebuilt so, and the joint Linear goes. An operand whose elements cannot be
+followed to the columns of one Linear is left as it is. A second run finds nothing new.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mptqc.graph.edit import Builder, remove_dead, replace_value
-from mptqc.graph.layout import Shapes, trace
+from mptqc.graph.layout import Shapes, readers, trace
 from mptqc.graph.match import Linear, find_attentions, match_linear_output
 from mptqc.passes.base import Pass, PassResult
 
@@ -61,7 +62,19 @@ def find_projections(model: ir.Model, shapes: Shapes) -> list[Projection]:
             projection = _match(letter, value, layout, shapes)
             if projection is not None:
                 found.append(projection)
-    return found
+    return found + _read_on_the_way(found, shapes)
+
+
+def _read_on_the_way(found: list[Projection], shapes: Shapes) -> list[Projection]:
+    """What else is read of the Linears that operands are parted from, if all of it are heads [L, h, T, d]."""
+    more: dict[ir.Value, Projection] = {}
+    for linear in {projection.linear.matmul: projection.linear for projection in found}.values():
+        operands = {projection.value for projection in found if projection.linear.matmul is linear.matmul}
+        read = dict.fromkeys(reader.value for reader in readers(linear.output, shapes))
+        parts = [_match("part", value, QUERY_LAYOUT, shapes) for value in read if value not in operands]
+        if all(part is not None for part in parts):
+            more |= {part.value: part for part in parts if part is not None}
+    return list(more.values())
 
 
 def _match(letter: str, value: ir.Value, layout: tuple[int, ...], shapes: Shapes) -> Projection | None:

@@ -33,6 +33,30 @@ def test_what_does_nothing_is_removed(parse, name):
     assert [output.name for output in model.graph.outputs] == ["y"]
 
 
+NORM = "one = Shape(x) norm = ReduceL2<keepdims=1>(x, last) "
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("e = Expand(norm, one) y = Div(x, e)", False),
+        ("e = Expand(norm, one) a = Add(e, x) y = Mul(a, e)", False),
+        ("e = Expand(norm, one) a = Relu(e) y = Div(x, a)", True),  # what reads it does not expand
+        ("e = Expand(norm, one) a = Div(x, e) y = Add(e, e)", True),  # nor with itself
+        ("y = Expand(norm, one)", True),
+    ],
+)
+def test_an_expand_that_its_readers_do_themselves_goes(parse, run_model, body, left):
+    text = f"{HEADER} <int64[1] last = {{-1}}> {{ {NORM} {body} }}"
+    before, model = parse(text), parse(text)
+    for value in (out for node in model.graph for out in node.outputs if out.name in ("e", "y", "a")):
+        value.shape = ir.Shape(["n", 4, 2])
+    EliminateIdentity()(model)
+    assert ("Expand" in [node.op_type for node in model.graph]) is left
+    feeds = {"x": np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)}
+    assert np.array_equal(run_model(model, feeds)[0], run_model(before, feeds)[0])
+
+
 def test_golden(parse, as_text):
     model = parse(graph("a = Reshape(x, rows) c = Reshape(a, other) d = Relu(c) y = Reshape(d, cube)"))
     assert EliminateIdentity()(model).edits == 1

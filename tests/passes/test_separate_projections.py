@@ -122,6 +122,24 @@ def test_columns_are_in_head_channel_order(make, name):
         np.testing.assert_array_equal(transpose.inputs[0].producer().inputs[1].const_value.numpy(), [0, 0, H, D])
 
 
+NORMED = (
+    FORMS["gather"].replace("q = Gather", "q0 = Gather").replace("k = Gather", "k0 = Gather").replace("(k)", "(k1)")
+    .replace("kt = ", "q = Relu(q0)\nk1 = Relu(k0)\nkt = ")
+)  # fmt: skip
+
+
+def test_what_is_normed_on_its_way_gets_a_linear_too(make, run_model):
+    before, model = make(NORMED + ATTEND), make(NORMED + ATTEND)
+    assert separate(model) == 3
+    assert [linear.weight.shape for linear in find_linears(model)] == [(C, C)] * 3
+    (wanted,), (got,) = run_model(before, feeds()), run_model(model, feeds())
+    assert np.abs(got - wanted).max() <= TOLERANCE
+    assert separate(model) == 0
+    again = make(NORMED + ATTEND)
+    separate(again)
+    assert ir.to_onnx_text(again) == ir.to_onnx_text(model)
+
+
 NEGATIVES = {
     "separate_already": SEPARATE + ATTEND,
     "computed_after_the_linear": SEPARATE.replace("Reshape(lq,", "Reshape(x,")
