@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_FAMILIES = ("vit_", "deit_", "deit3_", "swin_")
+SUPPORTED_FAMILIES = (
+    "vit_",
+    "deit_",
+    "deit3_",
+    "swin_",
+    "swinv2_",
+    "beit_",
+    "beitv2_",
+    "eva_",
+    "eva02_",
+    "pit_",
+    "cait_",
+)
 EXAMPLES = ("vit_small_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
 MAX_SUGGESTIONS = 5
 
@@ -43,7 +55,7 @@ def export_timm(
     The file carries its preprocessing as JSON in the metadata entry `mptqc.preprocess`.
 
     Args:
-        name: a timm vit_, deit_, deit3_ or swin_ model, such as vit_small_patch16_224; `name.tag` picks weights.
+        name: a timm model of SUPPORTED_FAMILIES, such as vit_small_patch16_224; `name.tag` picks weights.
         output: the ONNX file; it is written beside and renamed, so it never holds half a model.
         pretrained: the published weights; False gives seeded random ones, biases and norms too (structure only).
         image_size: side of the square input in pixels; None: the model's own.

@@ -1,4 +1,4 @@
-"""Export a transformers image classifier, from a local folder or the hub, with its preprocessing in the file."""
+"""Export a transformers image model, from a local folder or the hub, with its preprocessing in the file."""
 
 import logging
 from collections.abc import Mapping
@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The model type in config.json → the class that classifies with it.
-CLASSIFIERS: Mapping[str, str] = {
-    "vit": "ViTForImageClassification",
-    "deit": "DeiTForImageClassificationWithTeacher",
-    "swin": "SwinForImageClassification",
+# The model type in config.json → the class that classifies or encodes images, and which of its outputs that is.
+MODELS: Mapping[str, tuple[str, str]] = {
+    "vit": ("ViTForImageClassification", "logits"),
+    "deit": ("DeiTForImageClassificationWithTeacher", "logits"),
+    "swin": ("SwinForImageClassification", "logits"),
+    "swinv2": ("Swinv2ForImageClassification", "logits"),
+    "beit": ("BeitForImageClassification", "logits"),
+    "data2vec-vision": ("Data2VecVisionForImageClassification", "logits"),
+    "dinov2": ("Dinov2ForImageClassification", "logits"),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", "logits"),
+    "dinov3_vit": ("DINOv3ViTModel", "pooler_output"),
+    "vit_msn": ("ViTMSNForImageClassification", "logits"),
+    "ijepa": ("IJepaForImageClassification", "logits"),
+    "clip": ("CLIPVisionModelWithProjection", "image_embeds"),
+    "siglip": ("SiglipVisionModel", "pooler_output"),
 }
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
@@ -39,11 +49,12 @@ def export_transformers(
 ) -> None:
     """Write the transformers model `name` to `output` as float32 ONNX: `images` [N, C, H, W] → `logits` [N, classes].
 
+    Of a model without classes (CLIP, SigLIP, DINOv3) `logits` are the image's features, [N, width].
     The file carries its preprocessing, read from preprocessor_config.json, in the metadata entry `mptqc.preprocess`.
 
     Args:
         name: a folder with config.json (as `save_pretrained` writes it), or a hub name such as
-            google/vit-base-patch16-224; the model type has to be vit, deit or swin.
+            google/vit-base-patch16-224; the model type has to be one of MODELS.
         output: the ONNX file; it is written beside and renamed, so it never holds half a model.
         pretrained: the saved weights; False builds the config with seeded random ones (structure only).
         opset: ONNX opset; None: 20 for dynamo, 17 for torchscript.
@@ -61,14 +72,21 @@ def export_transformers(
     transformers = import_transformers()
     config = _configuration(transformers, name)
     model = _create(transformers, name, config, pretrained=pretrained, seed=seed)
-    height, width = _pair(config.image_size)
+    vision = _vision_config(config)
+    height, width = _pair(vision.image_size)
     metadata = {}
     preprocessor = _preprocessor_file(name)
     if preprocessor is None:
         logger.warning("%s has no %s: the file will carry no preprocessing", name, PREPROCESSOR_FILE)
     else:
         metadata[METADATA_KEY] = load_preprocessing(preprocessor).to_json()
-    export_module(_logits_only(model), (config.num_channels, height, width), output, form, metadata)
+    module = _one_output(model, MODELS[config.model_type][1])
+    export_module(module, (vision.num_channels, height, width), output, form, metadata)
+
+
+def _vision_config(config: Any) -> Any:
+    """The configuration of the part that sees images."""
+    return getattr(config, "vision_config", config)
 
 
 def _configuration(transformers: ModuleType, name: str) -> Any:
@@ -79,10 +97,10 @@ def _configuration(transformers: ModuleType, name: str) -> Any:
             f"the transformers configuration of {name!r} cannot be had: {' '.join(str(error).split())} Give a folder "
             "with config.json, or a hub name where huggingface.co can be reached."
         ) from error
-    if config.model_type not in CLASSIFIERS:
+    if config.model_type not in MODELS:
         raise ModelError(
             f"{name!r} is a transformers model of type {config.model_type!r}; mptqc exports the types "
-            f"{', '.join(CLASSIFIERS)}."
+            f"{', '.join(MODELS)}."
         )
     return config
 
@@ -96,14 +114,15 @@ def _create(
     seed: int,
 ) -> "nn.Module":
     torch = import_torch()
-    classifier = getattr(transformers, CLASSIFIERS[config.model_type])
+    made = getattr(transformers, MODELS[config.model_type][0])
+    config = _vision_config(config)
     config._attn_implementation = "eager"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if pretrained:
-                return cast("nn.Module", classifier.from_pretrained(name, config=config))
-            model = cast("nn.Module", classifier(config))
+                return cast("nn.Module", made.from_pretrained(name, config=config))
+            model = cast("nn.Module", made(config))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"the weights of {name!r} cannot be had: {' '.join(str(error).split())} --random exports the model's "
@@ -114,18 +133,18 @@ def _create(
     return model
 
 
-def _logits_only(model: "nn.Module") -> "nn.Module":
+def _one_output(model: "nn.Module", output: str) -> "nn.Module":
     torch = import_torch()
 
-    class LogitsOnly(torch.nn.Module):  # type: ignore[name-defined,misc]  # torch is imported by name
+    class OneOutput(torch.nn.Module):  # type: ignore[name-defined,misc]  # torch is imported by name
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, images: object) -> object:
-            return self.model(pixel_values=images).logits
+            return getattr(self.model(pixel_values=images), output)
 
-    return cast("nn.Module", LogitsOnly())
+    return cast("nn.Module", OneOutput())
 
 
 def _preprocessor_file(name: str) -> Path | None:

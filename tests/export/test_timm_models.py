@@ -25,7 +25,15 @@ def export_small(output: Path, name: str = "vit_tiny_patch16_224", *, seed: int 
 
 @pytest.mark.parametrize(
     ("name", "image_size"),
-    [("vit_tiny_patch16_224", 32), ("deit_tiny_distilled_patch16_224", 32), ("swin_tiny_patch4_window7_224", 56)],
+    [
+        ("vit_tiny_patch16_224", 32),
+        ("deit_tiny_distilled_patch16_224", 32),
+        ("swin_tiny_patch4_window7_224", 56),
+        ("swinv2_tiny_window8_256", 64),
+        ("eva02_tiny_patch14_224", 28),
+        ("pit_ti_224", 64),
+        ("cait_xxs24_224", 32),
+    ],
 )
 def test_families_run_in_onnx_runtime(tmp_path: Path, name: str, image_size: int) -> None:
     export_small(tmp_path / "m.onnx", name, image_size=image_size)

@@ -18,18 +18,29 @@ from mptqc.export.packages import import_transformers  # noqa: E402 - after impo
 
 transformers = import_transformers()
 
+PLAIN = {
+    "image_size": 32, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 SMALL = {
-    "vit": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "deit": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
+    **dict.fromkeys(("vit", "deit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"), PLAIN),
+    **dict.fromkeys(("vit_msn", "ijepa"), PLAIN),
+    "beit": {**PLAIN, "use_relative_position_bias": True},
+    "swin": WINDOWS,
+    "swinv2": WINDOWS,
+    "clip": {"vision_config": PLAIN, "projection_dim": 24},
+    "siglip": {"vision_config": PLAIN},
 }
+WIDTHS = {"dinov3_vit": 32, "clip": 512, "siglip": 32}
+"""Of the features of those that have no classes; CLIP's projection is that of its vision part."""
 PREPROCESSOR = {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 # float32 through two blocks of width 32: a few hundred roundings of 2^-24 in logits below 1
 FLOAT_TOLERANCE = 1e-4
 
 
 def saved(folder: Path, model_type: str, *, preprocessor: bool = True) -> str:
-    config = transformers.AutoConfig.for_model(model_type, image_size=32, patch_size=4, **SMALL[model_type])
+    config = transformers.AutoConfig.for_model(model_type, **SMALL[model_type])
     config.save_pretrained(folder)
     if preprocessor:
         (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
@@ -39,10 +50,11 @@ def saved(folder: Path, model_type: str, *, preprocessor: bool = True) -> str:
 @pytest.mark.parametrize("model_type", list(SMALL))
 def test_config_gives_a_model_with_random_weights(tmp_path: Path, model_type: str) -> None:
     output = tmp_path / "m.onnx"
-    export_transformers(saved(tmp_path, model_type), output, pretrained=False, exporter="torchscript")
+    exporter = "dynamo" if model_type == "dinov2_with_registers" else "torchscript"  # which cannot resize its positions
+    export_transformers(saved(tmp_path, model_type), output, pretrained=False, exporter=exporter)
     images = np.zeros((3, 3, 32, 32), np.float32)
     (logits,) = create_session(output, threads=1).run(["logits"], {"images": images})
-    assert logits.shape == (3, 2)
+    assert logits.shape == (3, WIDTHS.get(model_type, 2))
     assert np.isfinite(logits).all()
     fields = json.loads({entry.key: entry.value for entry in onnx.load(output).metadata_props}["mptqc.preprocess"])
     assert (fields["image_size"], fields["interpolation"]) == ([32, 32], "bilinear")
