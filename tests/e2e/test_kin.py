@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from mptqc import api
@@ -113,24 +114,43 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_attention_is_fused_and_near_to_float(tmp_path: Path, case: str) -> None:
+def compiled(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write float.onnx and portable.onnx; images, and the float model's output."""
     torch.manual_seed(0)
     module = CASES[case]()
     randomise_constant_parameters(module, 0)
-    export_module(module, (3, SIDE, SIDE), tmp_path / "float.onnx", OnnxForm(), {})
+    export_module(module, (3, SIDE, SIDE), folder / "float.onnx", OnnxForm(), {})
     images = np.random.default_rng(0).standard_normal((8, 3, SIDE, SIDE)).astype(np.float32)
-    np.savez(tmp_path / "images.npz", images=images)
-    compiled = api.compile(tmp_path / "float.onnx", tmp_path / "images.npz", preset="w8a8", options=QUICK)
-    compiled.save(tmp_path / "portable.onnx")
+    np.savez(folder / "images.npz", images=images)
+    result = api.compile(folder / "float.onnx", folder / "images.npz", preset="w8a8", options=QUICK)
+    result.save(folder / "portable.onnx")
+    return images, create_session(folder / "float.onnx").run(None, {"images": images})[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_attention_is_fused_and_near_to_float(tmp_path: Path, case: str) -> None:
+    images, expected = compiled(case, tmp_path)
     assert matmul_counts(optimized_op_counts(tmp_path / "portable.onnx")).float_matmuls == 0
     native = api.lower(tmp_path / "portable.onnx").model
     assert sum(is_native(node, *ATTENTION_OPS) for node in native.graph) == BLOCKS
     assert not [each for each in lowering_report(native) if each.reason and each.op.startswith(("Attention", "Linear"))]
-    expected = create_session(tmp_path / "float.onnx").run(None, {"images": images})[0]
     assert sqnr(expected, create_session(tmp_path / "portable.onnx").run(None, {"images": images})[0]) > LEAST_SQNR
     if find_library() is not None:
         assert sqnr(expected, create_session(serialize(native)).run(None, {"images": images})[0]) > LEAST_SQNR
+
+
+@pytest.mark.parametrize("float16", [False, True])
+@pytest.mark.parametrize("case", ["DINOv3ViT, sdpa", "Swinv2, eager", "MultiheadAttention"])
+def test_the_cuda_form_is_near_to_float(tmp_path: Path, emulated_library: Path, case: str, float16: bool) -> None:
+    images, expected = compiled(case, tmp_path)
+    lowered = api.lower(tmp_path / "portable.onnx", target="cuda", float16=float16).model
+    assert sum(is_native(node, *ATTENTION_OPS) for node in lowered.graph) == BLOCKS
+    rotations = [each for each in lowering_report(lowered) if each.op == "Linear with rotation"]
+    assert len(rotations) == (2 * BLOCKS if "DINOv3" in case else 0)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(emulated_library))
+    session = ort.InferenceSession(serialize(lowered), options, providers=["CPUExecutionProvider"])  # noqa: TID251 - a library that create_session does not know
+    assert sqnr(expected, session.run(None, {"images": images})[0]) > LEAST_SQNR
 
 
 def sqnr(expected: np.ndarray, found: np.ndarray) -> float:
