@@ -4,7 +4,8 @@ k' = (k − b_k)·t,  q' = q/t      q'k'ᵀ = qkᵀ − q·b_k, and q·b_k is co
 v' = (v − b_v)/s                 Pv' = (Pv − b_v)/s, since softmax rows sum to 1; proj takes it back:
 W_proj' = diag(s)·W_proj,  B_proj' = B_proj + b_v·W_proj
 
-t, s, b_k, b_v [heads·head_size]. Exact in real arithmetic (METHOD, SQ-b). The model is smoothed after it.
+t, s, b_k, b_v [heads·head_size]; q and k stay where rotary embedding comes behind them. Exact in real arithmetic
+(METHOD, SQ-b). The model is smoothed after it.
 """
 
 from dataclasses import dataclass
@@ -76,8 +77,10 @@ class Vectors:
 
 
 def _fold(projections: Projections, vectors: Vectors) -> None:
-    _transform_outputs(projections.q, np.zeros_like(vectors.k_shift), 1.0 / vectors.qk_scale)
-    _transform_outputs(projections.k, vectors.k_shift, vectors.qk_scale)
+    if projections.scores is not None:
+        q, k = projections.scores
+        _transform_outputs(q, np.zeros_like(vectors.k_shift), 1.0 / vectors.qk_scale)
+        _transform_outputs(k, vectors.k_shift, vectors.qk_scale)
     _transform_outputs(projections.v, vectors.v_shift, 1.0 / vectors.v_scale)
     proj = projections.proj
     weight = proj.weight.astype(np.float64)

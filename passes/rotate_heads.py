@@ -3,8 +3,8 @@
     q' = qU, k' = kU      q'k'ᵀ = qkᵀ for U orthogonal
     v' = vV               Pv' = (Pv)V, and proj takes it back: W_proj -> VᵀW_proj
 
-U, V [d, d] random orthogonal, one pair for each head, by the plan's seed. Exact in real arithmetic (METHOD,
-Rotation). The stage does not change, as with RotateStreams.
+U, V [d, d] random orthogonal, one pair for each head, by the plan's seed; q and k stay where rotary embedding comes
+behind them. Exact in real arithmetic (METHOD, Rotation). The stage does not change, as with RotateStreams.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,8 @@ class RotateHeads(Pass):
 def _rotate(projections: Projections, random: np.random.Generator) -> None:
     shape = (projections.heads, projections.head_size)
     scores, context = random_rotations(*shape, random), random_rotations(*shape, random)
-    for linear, matrices in ((projections.q, scores), (projections.k, scores), (projections.v, context)):
+    turned = [(projections.v, context), *((linear, scores) for linear in projections.scores or ())]
+    for linear, matrices in turned:
         set_initializer(linear.matmul, 1, turn_columns(linear.weight, matrices))
         set_initializer(linear.add, linear.bias_index, turn_columns(linear.bias[None], matrices)[0])
     _turn_rows(projections.proj, context)

@@ -9,6 +9,7 @@ the output folder and made only where they are not there.
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +77,11 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyTyp
 
 @dataclass(frozen=True)
 class Result:
-    """Rows of the float model, the portable and the native file, and what of the last stays portable."""
+    """Rows of the float model, the portable and the native file; how many sites of the last stay portable, by op."""
 
     model: str
     rows: tuple[BenchmarkRow, BenchmarkRow, BenchmarkRow]
-    portable: tuple[str, ...]
+    portable: Mapping[str, int]
 
 
 def main() -> None:
@@ -117,8 +118,8 @@ def measure(name: str, folder: Path, seconds: float) -> Result:
     lowered = api.lower(portable, target="cpu-native").model
     save_model(lowered, native)
     first, second, third = benchmark([original, portable, native], min_seconds=seconds)
-    kept = dict.fromkeys(f"{each.op} ({each.reason})" for each in lowering_report(lowered) if each.reason)
-    return Result(label, (first, second, third), tuple(kept))
+    kept = Counter(each.op for each in lowering_report(lowered) if each.reason)
+    return Result(label, (first, second, third), kept)
 
 
 def export_from_timm(name: str, output: Path) -> None:
@@ -151,7 +152,7 @@ def export_from_transformers(name: str, output: Path) -> None:
 def as_markdown(result: Result) -> str:
     """One line of the table."""
     original, portable, native = result.rows
-    kept = "; ".join(result.portable) or "–"
+    kept = ", ".join(f"{count} {op}" for op, count in result.portable.items()) or "–"
     return (
         f"| {result.model} | {original.median_ms:.0f} | {native.integer_matmuls} / {native.float_matmuls} "
         f"| {portable.speedup:.2f} | {native.speedup:.2f} | {kept} |"

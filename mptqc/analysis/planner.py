@@ -59,7 +59,7 @@ def plan_folds(model: ir.Model, shapes: Shapes, samples: Samples, plan: QuantPla
         return plan.model_copy(update={"refusals": tuple(refusals)})
     values = [norm.output for norm, _ in norms] + [activation.output for activation in activations]
     for _, around in attentions:
-        values += [around.q.output, around.k.output, around.v.output, around.proj.input]
+        values += [linear.output for linear in (*(around.scores or ()), around.v)] + [around.proj.input]
     seen = observe(model, samples, values, [attention for attention, _ in attentions], shapes, recipe.seed, report)
     arrays: dict[str, NDArray[np.generic]] = {}
     norm_folds, attention_folds, gelu_folds = [], [], []
@@ -115,9 +115,8 @@ def _plan_gelu(activation: Activation, seen: Observations, recipe: Recipe) -> Sm
 def _plan_attention(
     attention: Attention, around: Projections, seen: Observations, recipe: Recipe
 ) -> Mapping[str, NDArray[np.float32]]:
-    q, k, v, context = (
-        seen.rows[str(value.name)] for value in (around.q.output, around.k.output, around.v.output, around.proj.input)
-    )
+    v, context = (seen.rows[str(value.name)] for value in (around.v.output, around.proj.input))
+    q, k = (None, None) if around.scores is None else (seen.rows[str(one.output.name)] for one in around.scores)
     bits = recipe.bits_of(attention.site)[1]
     return plan_attention(
         q, k, v, context, around.proj.weight, seen.slices[attention.site], bits, recipe.alphas,
@@ -156,9 +155,13 @@ def _foldable_attentions(
     found = []
     for attention in find_attentions(model):
         try:
-            found.append((attention, attention_projections(attention, model, shapes)))
+            around = attention_projections(attention, model, shapes)
         except RefusalError as error:
             refusals.append(Refusal(site=attention.site, what="attention fold", reason=str(error)))
+            continue
+        if around.scores is None:
+            refusals.append(Refusal(site=attention.site, what="fold of q and k", reason="their heads are rotated"))
+        found.append((attention, around))
     return found
 
 

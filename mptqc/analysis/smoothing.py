@@ -161,8 +161,8 @@ def plan_gelu(
 
 
 def plan_attention(
-    q: Rows,
-    k: Rows,
+    q: Rows | None,
+    k: Rows | None,
     v: Rows,
     proj_input: Rows,
     proj_weight: Array,
@@ -175,7 +175,7 @@ def plan_attention(
     """Shifts and scales of one attention, [heads·head_size] each: k_shift, v_shift, qk_scale, v_scale.
 
     Args:
-        q: samples of the Linear's output, [n, heads·head_size]; k, v: likewise.
+        q: samples of the Linear's output, [n, heads·head_size]; k, v: likewise. Without q and k these are not folded.
         proj_input: samples of the context, [n, heads·head_size].
         proj_weight: [heads·head_size, C].
         slices: operands of the products.
@@ -185,7 +185,9 @@ def plan_attention(
     """
     head_size = slices.q.shape[-1]
     columns = slices.heads[:, None, None] * head_size + np.arange(head_size)
-    k_shift, qk_scale = _search_k(q, k, columns, slices, bits)
+    k_shift, qk_scale = np.zeros(len(proj_weight), np.float32), np.ones(len(proj_weight), np.float32)
+    if q is not None and k is not None:
+        k_shift, qk_scale = _search_k(q, k, columns, slices, bits)
     v_shift, v_scale = _search_v(v, proj_input, proj_weight, columns, slices, bits, alphas, corrected=corrected)
     return {"k_shift": k_shift, "v_shift": v_shift, "qk_scale": qk_scale, "v_scale": v_scale}
 

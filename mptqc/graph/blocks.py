@@ -10,6 +10,7 @@ from mptqc.errors import RefusalError
 from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 from mptqc.graph.layout import Shapes, readers, trace
 from mptqc.graph.match import Attention, Linear, Norm, find_linears, match_linear_output
+from mptqc.graph.rotary import match_rotated
 
 MASK_FILL = -1e4
 """Softmax in float32 gives exactly 0 to what is filled with this or less, beside scores of any sane size."""
@@ -17,10 +18,12 @@ MASK_FILL = -1e4
 
 @dataclass(frozen=True)
 class Projections:
-    """The Linears that make q, k, v, [C -> heads·head_size] ordered (head, channel), and the one after the context."""
+    """The Linears that make q, k, v, [C -> heads·head_size] ordered (head, channel), and the one after the context.
 
-    q: Linear
-    k: Linear
+    `scores` are q and k; None if their heads are rotated, so that neither a shift of k nor a scale of channels cancels.
+    """
+
+    scores: tuple[Linear, Linear] | None
     v: Linear
     proj: Linear
     heads: int
@@ -160,9 +163,12 @@ def attention_projections(attention: Attention, model: ir.Model, shapes: Shapes)
         RefusalError: an operand is not a Linear's output in (head, channel) order, or has another reader; or what lies
             between the scores and their softmax would not cancel a constant added to a row; or v is wider than k.
     """
-    _check_score_path(attention, shapes)
     made = {}
-    layouts = (("q", attention.q, (0, 2, 1, 3)), ("k", attention.k, (0, 3, 1, 2)), ("v", attention.v, (0, 2, 1, 3)))
+    layouts = [("q", attention.q, (0, 2, 1, 3)), ("k", attention.k, (0, 3, 1, 2)), ("v", attention.v, (0, 2, 1, 3))]
+    if all(match_rotated(trace(value, shapes).source) is not None for value in (attention.q, attention.k)):
+        del layouts[:2]
+    else:
+        _check_score_path(attention, shapes)
     for letter, value, to_source in layouts:
         moved = trace(value, shapes)
         linear = match_linear_output(moved.source)
@@ -184,7 +190,8 @@ def attention_projections(attention: Attention, model: ir.Model, shapes: Shapes)
     straight = np.arange(batch * heads * tokens * head_size).reshape(batch, heads, tokens, head_size)
     if not np.array_equal(read[0].trace.index.reshape(-1), straight.transpose(0, 2, 1, 3).reshape(-1)):
         raise RefusalError(f"{proj.site} reads the context of {attention.site} in another order than (head, channel)")
-    return Projections(made["q"], made["k"], made["v"], proj, heads, head_size)
+    scores = (made["q"], made["k"]) if "q" in made else None
+    return Projections(scores, made["v"], proj, heads, head_size)
 
 
 def _check_score_path(attention: Attention, shapes: Shapes) -> None:

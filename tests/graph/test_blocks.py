@@ -115,7 +115,7 @@ def projections_of(model: ir.Model):
 
 def test_the_four_linears_around_an_attention(make):
     found = projections_of(make(ATTENTION, OUTPUT))
-    assert [str(one.output.name) for one in (found.q, found.k, found.v, found.proj)] == ["q", "k", "v", "o"]
+    assert [str(one.output.name) for one in (*found.scores, found.v, found.proj)] == ["q", "k", "v", "o"]
     assert (found.heads, found.head_size) == (HEADS, D)
 
 

@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rotary_blocks import rotated
 
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.errors import PlanError, RefusalError
@@ -90,6 +91,22 @@ def test_any_fold_leaves_the_output(make, run_model, seed):
     before, model = make(seed=seed % 1000), make(seed=seed % 1000)
     fold(model, plan_of(random_vectors(seed)))
     (wanted,), (got,) = run_model(before, feeds()), run_model(model, feeds())
+    assert np.abs(got - wanted).max() <= TOLERANCE
+
+
+def test_of_rotary_heads_v_and_its_projection_are_folded_alone(block, run_model):
+    before, model = rotated(block(), 2), rotated(block(), 2)
+    model.metadata_props[STAGE_KEY] = Stage.NORMS_SMOOTHED
+    random = np.random.default_rng(0)
+    vectors = {"v_shift": random.normal(size=12), "v_scale": 10 ** random.uniform(-1, 1, 12)}
+    neutral = {"k_shift": np.zeros(12), "qk_scale": np.ones(12)}
+    arrays_of_site = {f"{SITE}/{key}": array.astype(np.float32) for key, array in (neutral | vectors).items()}
+    folds = (AttentionFold(site=SITE),)
+    assert fold(model, QuantPlan(model_digest="", recipe=Recipe(), attention_folds=folds, arrays=arrays_of_site)) == 1
+    old, now = ({linear.site: linear.weight for linear in find_linears(each)} for each in (before, model))
+    assert [site for site in old if not np.array_equal(old[site], now[site])] == ["block00.v", "block00.proj"]
+    x = {"x": random.normal(size=(2, 7, 12)).astype(np.float32)}
+    (wanted,), (got,) = run_model(before, x), run_model(model, x)
     assert np.abs(got - wanted).max() <= TOLERANCE
 
 

@@ -105,7 +105,7 @@ def test_everything_around_the_attention_still_matches(tiny_vit):
     assert sorted(norms["block01.norm1"]) == ["block01.k", "block01.q", "block01.v"]
     assert norms["block01.norm2"] == ["block01.fc1"]
     around = attention_projections(find_attentions(model)[1], model, shapes)
-    assert [linear.site for linear in (around.q, around.k, around.v, around.proj)] == [
+    assert [linear.site for linear in (*around.scores, around.v, around.proj)] == [
         "block01.q",
         "block01.k",
         "block01.v",

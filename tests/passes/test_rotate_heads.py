@@ -5,11 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
+from rotary_blocks import rotated
 
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.graph.blocks import attention_projections
 from mptqc.graph.edit import set_initializer
-from mptqc.graph.match import find_attentions
+from mptqc.graph.match import find_attentions, find_linears
 from mptqc.passes.base import STAGE_KEY, Stage, StageError
 from mptqc.passes.rotate_heads import RotateHeads, random_rotations
 from mptqc.runtime.session import create_session, run_arrays
@@ -39,16 +40,16 @@ def test_the_output_stays_and_every_weight_around_turns(canonical: ir.Model) -> 
     before = run(canonical)
     (attention,) = find_attentions(canonical)
     around = attention_projections(attention, canonical, concrete_shapes(canonical))
-    old = [linear.weight.copy() for linear in (around.q, around.k, around.v, around.proj)]
+    old = [linear.weight.copy() for linear in (*around.scores, around.v, around.proj)]
     assert rotate(canonical) == 1
-    for linear, weight in zip((around.q, around.k, around.v, around.proj), old, strict=True):
+    for linear, weight in zip((*around.scores, around.v, around.proj), old, strict=True):
         assert np.abs(linear.weight - weight).max() > 0.1
     np.testing.assert_allclose(run(canonical), before, atol=FLOAT32_CHAIN * np.abs(before).max())
 
 
 def test_an_outlier_channel_is_spread_over_its_head_alone(canonical: ir.Model) -> None:
     (attention,) = find_attentions(canonical)
-    k = attention_projections(attention, canonical, concrete_shapes(canonical)).k
+    k = attention_projections(attention, canonical, concrete_shapes(canonical)).scores[1]
     bias = np.zeros(HEADS * HEAD_SIZE, np.float32)
     bias[1] = 60.0
     set_initializer(k.add, k.bias_index, bias)
@@ -64,6 +65,18 @@ def test_an_attention_whose_k_has_another_reader_is_left_alone(canonical: ir.Mod
     text = ir.to_proto(canonical).SerializeToString()
     assert rotate(canonical) == 0
     assert ir.to_proto(canonical).SerializeToString() == text
+
+
+def test_of_rotary_heads_v_and_the_context_turn_alone(canonical: ir.Model) -> None:
+    rotated(canonical, 2)
+    before = run(canonical)
+    around = attention_projections(find_attentions(canonical)[0], canonical, concrete_shapes(canonical))
+    assert around.scores is None
+    old = {linear.site: linear.weight.copy() for linear in find_linears(canonical)}
+    assert rotate(canonical) == 1
+    now = {linear.site: linear.weight for linear in find_linears(canonical)}
+    assert [site for site in old if not np.array_equal(old[site], now[site])] == ["block00.v", "block00.proj"]
+    np.testing.assert_allclose(run(canonical), before, atol=FLOAT32_CHAIN * np.abs(before).max())
 
 
 def test_only_a_canonical_model_is_rotated(block: Callable[[], ir.Model]) -> None:
