@@ -215,8 +215,10 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
         )
     UnfoldPatches(concrete_shapes(model))(model)
     PartHeads(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
-    for make in (FoldAffine, SeparateProjections, CanonicaliseRotary, JoinHeads, StampSites):
+    for make in (FoldAffine, CanonicaliseRotary, SeparateProjections):
         make(concrete_shapes(model))(model)
+    JoinHeads(concrete_shapes(model, batch=2))(model)
+    StampSites(concrete_shapes(model))(model)
     return model
 
 

@@ -40,7 +40,8 @@ class BatchFirst(Pass):
 
 
 def _is_linear(node: ir.Node) -> bool:
-    return is_op(node, "MatMul") and constant_of(node.inputs[1]) is not None
+    weight = constant_of(node.inputs[1]) if is_op(node, "MatMul") else None
+    return weight is not None and weight.ndim == 2
 
 
 def _tokens_first(node: ir.Node, batch: Dim) -> bool:
@@ -49,9 +50,9 @@ def _tokens_first(node: ir.Node, batch: Dim) -> bool:
     if output is None or len(output) != 3 or output[1] != batch or output[0] == batch:
         return False
     if _is_linear(node):
-        return True
+        return _goes_with(node.inputs[0], output)
     if is_op(node, "LayerNormalization"):
-        return node.attributes.get_int("axis", -1) in (-1, 2)
+        return _goes_with(node.inputs[0], output) and node.attributes.get_int("axis", -1) in (-1, 2)
     return is_op(node, *_ROW_BY_ROW) and all(_goes_with(value, output) for value in node.inputs)
 
 
@@ -66,7 +67,7 @@ def _goes_with(value: ir.Value | None, output: tuple[Dim, ...]) -> bool:
 def _turn(node: ir.Node, batch: Dim) -> bool:
     """Turn a node's operands and, behind it, its output back; two Transposes in a row are none."""
     above = _unswapped(node.inputs[0]) if _swaps(node) else None
-    if above is not None:
+    if above is not None and not (node.outputs[0].is_graph_output() and above.is_graph_output()):
         replace_value(node.outputs[0], above)
         return True
     if not _tokens_first(node, batch):

@@ -15,15 +15,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mptqc.graph.edit import Builder, add_initializer, producer, remove_dead, replace_value
+from mptqc.graph.edit import Builder, add_initializer, producer, remove_dead
 from mptqc.graph.layout import Shapes
-from mptqc.graph.match import Attention, find_attentions
+from mptqc.graph.match import Attention, find_attentions, match_linear_output
 from mptqc.graph.rotary import Rotary, emit_rotary, find_rotary, match_rotated
 from mptqc.passes.base import Pass, PassResult
 from mptqc.passes.separate_projections import KEY_LAYOUT, QUERY_LAYOUT
 
 SAME = 2.0**-22
-"""Two tables of cosines or sines are one if they differ by no more: float32 rounds 1 to 2^-24."""
+"""Two tables are one if they differ by no more, relative to their largest: float32 rounds 1 to 2^-24."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,14 @@ class CanonicaliseRotary(Pass):
         found = [(attention, pair) for attention in find_attentions(model) if (pair := self._find(attention))]
         tables: list[ir.Value] = []
         for attention, (q, k) in found:
-            _rebuild(attention.q, "q", q, QUERY_LAYOUT, tables)
-            _rebuild(attention.k, "k", k, KEY_LAYOUT, tables)
+            _rebuild(attention.scores, 0, q, QUERY_LAYOUT, tables)
+            _rebuild(attention.scores, 1, k, KEY_LAYOUT, tables)
         if found:
             remove_dead(model)
         return PassResult(model, 2 * len(found))
 
     def _find(self, attention: Attention) -> tuple[Rotary, Rotary] | None:
-        transpose = producer(attention.q, "Transpose")
-        if transpose is not None and transpose.inputs[0] is not None and match_rotated(transpose.inputs[0]) is not None:
+        if _is_canonical(attention.q) and _is_canonical(attention.k):
             return None
         q = find_rotary(attention.q, QUERY_LAYOUT, self.shapes)
         k = find_rotary(attention.k, KEY_LAYOUT, self.shapes)
@@ -55,17 +54,31 @@ class CanonicaliseRotary(Pass):
         return q, k
 
 
-def _rebuild(operand: ir.Value, letter: str, found: Rotary, layout: tuple[int, ...], tables: list[ir.Value]) -> None:
-    node = operand.producer()
-    assert node is not None
-    assert isinstance(node.graph, ir.Graph)
+def _is_canonical(operand: ir.Value) -> bool:
+    """True for the rotated heads of a Linear of its own."""
+    transpose = producer(operand, "Transpose")
+    rotated = None if transpose is None or transpose.inputs[0] is None else match_rotated(transpose.inputs[0])
+    reshape = None if rotated is None else producer(rotated.x, "Reshape")
+    return reshape is not None and reshape.inputs[0] is not None and match_linear_output(reshape.inputs[0]) is not None
+
+
+def _rebuild(scores: ir.Node, index: int, found: Rotary, layout: tuple[int, ...], tables: list[ir.Value]) -> None:
+    """Only the scores read the new operand: its channels may have another order, which q and k share."""
+    assert isinstance(scores.graph, ir.Graph)
     scale = _common_factor(found)
+    arrays = [_of_all_heads(each / scale) for each in (found.cosine, found.sine)]
+    if any(each.shape != arrays[0].shape for each in arrays):
+        arrays = [found.cosine / scale, found.sine / scale]
     cosine, sine = (
-        _table(node.graph, name, array / scale, tables)
-        for name, array in (("cosine", found.cosine), ("sine", found.sine))
+        _table(scores.graph, name, array, tables) for name, array in zip(("cosine", "sine"), arrays, strict=True)
     )
-    build = Builder(node, f"{found.linear.matmul.name}/{letter}")
-    replace_value(operand, emit_rotary(found, scale, cosine, sine, layout, build))
+    build = Builder(scores, f"{found.linear.matmul.name}/{'qk'[index]}")
+    scores.replace_input_with(index, emit_rotary(found, scale, cosine, sine, layout, build))
+
+
+def _of_all_heads(array: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The table [T, h, d] as [T, 1, d] if all heads have the same."""
+    return array[:, :1] if np.array_equal(np.broadcast_to(array[:, :1], array.shape), array) else array
 
 
 def _common_factor(found: Rotary) -> float:
@@ -77,11 +90,10 @@ def _common_factor(found: Rotary) -> float:
 
 def _table(graph: ir.Graph, name: str, array: NDArray[np.float64], tables: list[ir.Value]) -> ir.Value:
     """The table [T, 1 or h, d] as an initializer; one that says the same is taken again."""
-    kept = array[:, :1] if np.array_equal(np.broadcast_to(array[:, :1], array.shape), array) else array
     for table in tables:
         assert table.const_value is not None
         known = table.const_value.numpy()
-        if known.shape == kept.shape and np.allclose(known, kept, rtol=0, atol=SAME):
+        if known.shape == array.shape and np.allclose(known, array, rtol=0, atol=SAME * np.abs(array).max()):
             return table
-    tables.append(add_initializer(graph, f"mptqc/rotary_{name}", kept.astype(np.float32)))
+    tables.append(add_initializer(graph, f"mptqc/rotary_{name}", array.astype(np.float32)))
     return tables[-1]

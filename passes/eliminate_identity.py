@@ -69,7 +69,7 @@ def _does_nothing(node: ir.Node) -> bool:
     if is_op(node, "Reshape"):
         return equal_when_sizes_match(dims_of(source), dims_of(output))
     if is_op(node, "Expand"):
-        read = not output.is_graph_output() and len(output.uses()) > 0
+        read = not output.is_graph_output() and len(output.uses()) > 0 and dims_of(source) is not None
         return read and all(_expands_by_itself(use.node, output) for use in output.uses())
     if is_op(node, "Transpose") and "perm" in node.attributes:
         perm = list(node.attributes["perm"].as_ints())

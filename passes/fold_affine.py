@@ -26,7 +26,7 @@ from mptqc.graph.edit import (
     set_initializer,
 )
 from mptqc.graph.layout import Shapes, readers, trace
-from mptqc.graph.match import Linear, match_linear_output
+from mptqc.graph.match import Linear, find_attentions, match_linear_output
 from mptqc.passes.base import Pass, PassResult
 
 
@@ -51,7 +51,8 @@ class FoldAffine(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Fold in graph order, so that a chain of affines folds into the same Linear one by one."""
         shapes = dict(self.shapes)
-        edits = sum(_move_to_q(node, shapes) for node in list(model.graph))
+        contexts = {attention.context for attention in find_attentions(model)}
+        edits = sum(_move_to_q(node, shapes, contexts) for node in list(model.graph))
         for node in list(model.graph):
             affine = find_affine(node, shapes)
             if affine is None:
@@ -95,14 +96,22 @@ def find_affine(node: ir.Node, shapes: Shapes) -> Affine | None:
     return Affine(node, data, linear, scale, shift)
 
 
-def _move_to_q(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Mul or Div(MatMul(q, k), c) becomes MatMul(Mul or Div(q, c), k); c has one number, or one for each head."""
+def _move_to_q(node: ir.Node, shapes: dict[str, tuple[int, ...]], contexts: set[ir.Node]) -> bool:
+    """Mul or Div(MatMul(q, k), c) becomes MatMul(Mul or Div(q, c), k); c has one number, or one for each head.
+
+    Products in `contexts` are those of probabilities, which stay as softmax makes them.
+    """
     parts = _split_operands(node)
     if parts is None or not is_op(node, "Mul", "Div"):
         return False
     scores, constant = parts
     product = producer(scores, "MatMul")
-    if product is None or only_consumer(scores) is not node or constant_of(product.inputs[1]) is not None:
+    if (
+        product is None
+        or product in contexts
+        or only_consumer(scores) is not node
+        or constant_of(product.inputs[1]) is not None
+    ):
         return False
     q, result = product.inputs[0], node.outputs[0]
     if (

@@ -6,8 +6,9 @@
     windows = Tile(mask [W, 1, T, T], [B, 1, 1, 1])
     y = Add(scores [B·W, H, T, T], windows)               →    y = Reshape(Add(Reshape(scores, [-1, W, …]), mask), …)
 
-What depends on nothing but the number of images is worked out for 2, 3 and 5 of them. If each image has the same, that
-is added; nothing if it is 0. A sum of two such is added one after the other, so that neither is multiplied out.
+What depends on nothing but the number of images is worked out for 2, 3 and 5 of them, or for a fixed batch. If all
+images have the same, that is added; nothing if it is 0. A sum of two such is added one after the other, so that neither
+is multiplied out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,10 @@ Array: TypeAlias = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Addition:
-    """`node` adds `terms` to `value`: each is what every image gets, [windows, …]."""
+    """`node` adds `terms` to its input `index`: each is what every image gets, [windows, …]."""
 
     node: ir.Node
-    value: ir.Value
+    index: int
     terms: tuple[Array, ...]
 
 
@@ -53,17 +54,18 @@ class FoldMasks(Pass):
         """
         dependent = _dependent_on_images(model.graph)
         candidates = [
-            (node, value, _summands(other, dependent))
+            (node, index, _summands(other, dependent))
             for node in model.graph
             if is_op(node, "Add")
-            for value, other in (tuple(node.inputs), tuple(reversed(node.inputs)))
-            if value in dependent and other is not None and other not in dependent and _adds_masks(node, other)
+            for index, other in ((0, node.inputs[1]), (1, node.inputs[0]))
+            if node.inputs[index] in dependent and other is not None and other not in dependent
+            if _adds_masks(node, other)
         ]
         known = _rows(model, [term for _, _, terms in candidates for term in terms])
         found = [
-            Addition(node, value, tuple(known[term] for term in terms))
-            for node, value, terms in candidates
-            if value is not None and all(term in known and _fits(known[term], value) for term in terms)
+            Addition(node, index, tuple(known[term] for term in terms))
+            for node, index, terms in candidates
+            if all(term in known and _fits(known[term], node.inputs[index]) for term in terms)
         ]
         edits = sum(_rewrite(addition) for addition in found)
         if edits:
@@ -142,7 +144,7 @@ def _row_of_all(arrays: Sequence[Array | None], batches: Sequence[int]) -> Array
     return first[:windows]
 
 
-def _fits(row: Array, value: ir.Value) -> bool:
+def _fits(row: Array, value: ir.Value | None) -> bool:
     """True if `row` [windows, …] is added to `value` [B·windows, c, …] or [B, c, …] without making it larger."""
     dims = dims_of(value)
     if dims is None or len(dims) != row.ndim or not all(isinstance(dim, int) for dim in dims[1:]):
@@ -156,7 +158,8 @@ def _fits(row: Array, value: ir.Value) -> bool:
 
 
 def _rewrite(addition: Addition) -> int:
-    node, value = addition.node, addition.value
+    node, value = addition.node, addition.node.inputs[addition.index]
+    assert value is not None
     build = Builder(node, str(node.name or node.outputs[0].name))
     dims = dims_of(value)
     assert dims is not None

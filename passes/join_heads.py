@@ -21,7 +21,11 @@ _JOINED = (0, 2, 1, 3)
 
 @dataclass(frozen=True)
 class JoinHeads(Pass):
-    """Rebuild what lies between each attention and the Linears that read all its heads side by side."""
+    """Rebuild what lies between each attention and the Linears that read all its heads side by side.
+
+    Attributes:
+        shapes: the shape of every value at batch 2, at which it is seen that no row moves from image to image.
+    """
 
     name: ClassVar[str] = "join-heads"
     shapes: Shapes

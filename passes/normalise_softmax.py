@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mptqc.graph.edit import constant_of, is_op, producer, remove_dead, replace_value, scalar_of
-from mptqc.graph.shapes import is_last_axis
+from mptqc.graph.shapes import is_last_axis, last_dim
 from mptqc.passes.base import Pass, PassResult
 
 
@@ -42,16 +42,36 @@ def _can_change(node: ir.Node) -> bool:
 
 
 def _never_acts(node: ir.Node) -> bool:
-    """Where(IsNaN(p), 0, p), p the Softmax of scores, or of scores and a constant that masks no row as a whole."""
+    """Where(IsNaN(p), 0, p), p the Softmax of a product, or of one and constants that mask no row as a whole."""
     if not is_op(node, "Where") or scalar_of(node.inputs[1]) != 0 or node.outputs[0].is_graph_output():
         return False
     asked, softmax = producer(node.inputs[0], "IsNaN"), producer(node.inputs[2], "Softmax")
     if asked is None or softmax is None or asked.inputs[0] is not node.inputs[2]:
         return False
-    value = softmax.inputs[0]
-    while (add := producer(value, "Add")) is not None:
-        constants = [constant for operand in add.inputs if (constant := constant_of(operand)) is not None]
-        if len(constants) != 1 or not np.isfinite(constants[0]).any(axis=-1).all():
-            return False  # a mask that is computed may be anything
-        value = next(operand for operand in add.inputs if constant_of(operand) is None)
-    return True
+    return _masks_no_row(softmax.inputs[0])
+
+
+def _masks_no_row(scores: ir.Value | None) -> bool:
+    """True if what is added to a product on its way here is constant, and leaves something in each row."""
+    infinite = 0
+    while (node := producer(scores, "Add", "Mul", "Div", "Reshape", "MatMul")) is not None:
+        if is_op(node, "MatMul"):
+            return infinite <= 1
+        first, constant = node.inputs[0], constant_of(node.inputs[1])
+        if is_op(node, "Reshape"):
+            if last_dim(first) is None or last_dim(first) != last_dim(node.outputs[0]):
+                return False
+            scores = first
+            continue
+        if constant is None and not is_op(node, "Div"):
+            first, constant = node.inputs[1], constant_of(node.inputs[0])
+        if constant is None:
+            return False
+        if is_op(node, "Add"):
+            infinite += not np.isfinite(constant).all()
+            if constant.ndim == 0 or not np.isfinite(constant).any(axis=-1).all():
+                return False
+        elif not np.isfinite(constant).all() or not constant.all():
+            return False
+        scores = first
+    return False

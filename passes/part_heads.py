@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from mptqc.graph.edit import Builder, constant_of, is_op, only_consumer, remove_dead, replace_value
+from mptqc.graph.edit import Builder, add_initializer, constant_of, is_op, only_consumer, remove_dead, replace_value
 from mptqc.graph.layout import Shapes
 from mptqc.graph.match import Attention, find_attentions
 from mptqc.graph.shapes import dims_of
@@ -86,12 +86,13 @@ def _part(attention: Attention, heads: int, shapes: Shapes) -> None:
         assert reader is not None
         between = reader.outputs[0]
     between.shape = None
-    reader = context.consumers()[0]
-    build = Builder(reader, f"{attention.context.name}/heads")
-    target = build.constant("joined", np.array([-1, *shapes[str(context.name)][1:]], np.int64))
-    joined = build.op("Reshape", [context, target], name="join")
-    joined.shape, joined.type, context.shape = context.shape, context.type, None
+    graph = attention.context.graph
+    assert isinstance(graph, ir.Graph)
+    name = f"{attention.context.name}/heads/join"
+    target = add_initializer(graph, f"{name}/shape", np.array([-1, *shapes[str(context.name)][1:]], np.int64))
+    joined = ir.val(name, type=context.type, shape=context.shape)
+    join = ir.node("Reshape", [None, target], outputs=[joined], name=name)
+    graph.insert_after(attention.context, join)
     replace_value(context, joined)
-    producer = joined.producer()
-    assert producer is not None
-    producer.replace_input_with(0, context)
+    join.replace_input_with(0, context)
+    context.shape = None

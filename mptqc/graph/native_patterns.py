@@ -196,7 +196,7 @@ def match_linear(
     if after is not None and is_op(after, "Gelu") and after.attributes.get_string("approximate", "none") == "none":
         value, activation = after.outputs[0], "gelu"
     no_rows = np.zeros(1, np.int64)
-    rotated = rotated_heads(value)
+    rotated = rotated_heads(product.output)
     if rotated is not None and rotates and why_not_rotated(rotated, shapes) is None:
         quantizer, codes = _quantized_rotation(rotated, shapes)
         return LinearPattern(*taken, activation, None, quantizer, None, no_rows, codes, rotated)
@@ -227,11 +227,13 @@ def why_not_rotated(rotated: RotatedHeads, shapes: Batches) -> str | None:
     quantizers = quantizers_of(rotated.output)
     if quantizers is None or len(quantizers) != 1 or quantizers[0].signed:
         return f"{rotated.output.name} is not read by one quantizer of uint8 codes alone"
-    heads, width = shapes.of(rotated.x)[2:]
+    tokens, heads, width = shapes.of(rotated.x)[1:]
     if width not in ROTATED_WIDTHS:
         return f"its heads are {width} wide, not one of {', '.join(map(str, ROTATED_WIDTHS))}"
-    table = constant_of(rotated.cosine)
-    if table is not None and table.shape[1] != 1 and heads * width % PANEL:
+    shape, *others = {table.shape for table in map(constant_of, (rotated.cosine, rotated.sine)) if table is not None}
+    if others or shape[0] not in (1, tokens) or shape[1] not in (1, heads) or shape[2] != width:
+        return f"its cosines and sines have shapes {shape} {others}, not [{tokens}, 1 or {heads}, {width}] both"
+    if shape[1] != 1 and heads * width % PANEL:
         return f"each of its {heads} heads is rotated in its own way, and they fill no multiple of {PANEL} columns"
     return None
 

@@ -218,7 +218,13 @@ def match_rotated(output: ir.Value) -> RotatedHeads | None:
         return None
     if list(concat.inputs) != [split.outputs[1], split.outputs[0]] or len(split.outputs) != 2:
         return None
-    if constant_of(cosine) is None or constant_of(sine) is None or set(x.consumers()) != {terms[0], split}:
+    tables, sizes = (
+        [constant_of(cosine), constant_of(sine)],
+        constant_of(split.inputs[1]) if len(split.inputs) > 1 else None,
+    )
+    if any(table is None or table.ndim != 3 for table in tables) or set(x.consumers()) != {terms[0], split}:
+        return None
+    if sizes is None or sizes.size != 2 or sizes[0] != sizes[1]:
         return None
     alone = all(only_consumer(value) is not None for value in (*add.inputs, swapped) if value is not None)
     last = all(node.attributes.get_int("axis", 0) == -1 for node in (concat, split))

@@ -36,8 +36,8 @@ ATTENTION = LINEAR + "s = Softmax<axis=0>(l)\n" + SECOND.format("s") + BACK.form
 
 @pytest.fixture
 def make(smoothed) -> Callable[..., ir.Model]:
-    def from_body(body: str, batch: str = "b", output: str = "") -> ir.Model:
-        used = {name: array for name, array in ARRAYS.items() if f"{name})" in body or f"{name}," in body}
+    def from_body(body: str, batch: str = "b", output: str = "", **more: np.ndarray) -> ir.Model:
+        used = {name: array for name, array in (ARRAYS | more).items() if f"{name})" in body or f"{name}," in body}
         model: ir.Model = smoothed(f"float[{batch},{T},{C}] x", output or f"float[{batch},{T},{C}] y", body, {}, used)
         model.metadata_props[STAGE_KEY] = Stage.RAW
         InferShapes()(model)
@@ -118,3 +118,18 @@ def test_constants_are_turned_with_the_rows(make) -> None:
         constant.shape for value in model.graph.initializers.values() if (constant := constant_of(value)) is not None
     ]
     assert (1, T, C) in shapes
+
+
+def test_two_outputs_that_are_the_same_stay_two(make) -> None:
+    body = LINEAR + "y = Transpose<perm=[1,0,2]>(l)\nz = Transpose<perm=[1,0,2]>(l)"
+    model = make(body, output=f"float[b,{T},{C}] y, float[b,{T},{C}] z")
+    expected = run(model)
+    BatchFirst()(model)
+    assert [value.name for value in model.graph.outputs] == ["y", "z"]
+    np.testing.assert_allclose(run(model), expected, rtol=0, atol=2**-20)
+
+
+def test_a_weight_for_each_token_is_no_linear(make) -> None:
+    each = np.random.default_rng(2).normal(size=(T, C, C)).astype(np.float32)
+    model = make("t = Transpose<perm=[1,0,2]>(x)\nm = MatMul(t, each)\n" + BACK.format("m"), each=each)
+    assert BatchFirst()(model).edits == 0

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from mptqc.analysis.shapes import concrete_shapes
-from mptqc.graph.edit import producer
+from mptqc.graph.edit import constant_of, producer
 from mptqc.graph.match import find_attentions, find_linears
 from mptqc.graph.rotary import RotatedHeads, match_rotated
 from mptqc.passes.base import STAGE_KEY, Stage
@@ -108,7 +108,7 @@ def make(smoothed) -> Callable[..., ir.Model]:
 
 
 def canonical(model: ir.Model) -> ir.Model:
-    for make in (SeparateProjections, CanonicaliseRotary):
+    for make in (CanonicaliseRotary, SeparateProjections):
         make(concrete_shapes(model))(model)
     return model
 
@@ -178,7 +178,6 @@ def test_heads_may_be_rotated_each_in_its_own_way(make) -> None:
 )
 def test_what_is_no_rotation_of_both_alike_is_left(make, form: str, k_form: str | None) -> None:
     model = make(form, HALF if form is HALF_FORM else WHOLE, k_form=k_form)
-    SeparateProjections(concrete_shapes(model))(model)
     assert CanonicaliseRotary(concrete_shapes(model))(model).edits == 0
 
 
@@ -189,3 +188,23 @@ def test_any_pairs_of_channels_keep_their_values(make, joined: str) -> None:
     canonical(model)
     np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)
     rotation_of(find_attentions(model)[0].q)
+
+
+def test_other_readers_of_q_and_k_keep_their_channels(make) -> None:
+    """Every other channel: q's and k's are put in another order, which only their product does not see."""
+    attend = ATTEND.replace("y = MatMul(p, v)", "c = MatMul(p, v)\n  y = Add(c, qm)")
+    model = make(BETWEEN_FORM, BETWEEN, attend)
+    expected = run(model)
+    canonical(model)
+    rotation_of(find_attentions(model)[0].q)
+    np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_heads_that_turn_in_opposite_senses_have_tables_of_one_shape(make) -> None:
+    angles = np.stack([WHOLE, -WHOLE, WHOLE])
+    model = make(HALVES_APART, angles)
+    expected = run(model)
+    canonical(model)
+    rotated = rotation_of(find_attentions(model)[0].q)
+    assert [table.shape for table in map(constant_of, (rotated.cosine, rotated.sine))] == [(T, H, D)] * 2
+    np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)

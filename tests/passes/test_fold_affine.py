@@ -133,6 +133,10 @@ NEGATIVES = {
         HEADS + SECOND + "s = MatMul(t, k)\ny = Mul(s, deep)",
         "g (float[b,3,4] x) => (float[1,b,2,3,3] y)",
     ),
+    "a_context": (
+        HEADS + SECOND + "s = MatMul(t, k)\nw = Softmax<axis=-1>(s)\nc = MatMul(w, t)\ny = Mul(c, half)",
+        "g (float[b,3,4] x) => (float[b,2,3,2] y)",
+    ),
     "q_times_itself": (
         LINEAR + "r = Reshape(l, square)\ns = MatMul(r, r)\ny = Mul(s, half)",
         "g (float[b,2,2,4] x) => (float[b,2,4,4] y)",

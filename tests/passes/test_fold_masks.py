@@ -74,6 +74,7 @@ def ops(model: ir.Model) -> list[str]:
         (EXPANDED + "a = Add(m, x)\ny = Softmax(a)", ["Softmax"]),
         (EXPANDED.replace("yes", "columns_kept") + "a = Add(x, m)\ny = Softmax(a)", ["Add", "Softmax"]),
         (EXPANDED + "c = Add(bias1, m)\na = Add(x, c)\ny = Softmax(a)", ["Add", "Softmax"]),
+        (EXPANDED + "a0 = Add(x, m)\na = Add(m, a0)\ny = Softmax(a)", ["Softmax"]),
         ("a = Add(x, zeros)\ny = Softmax(a)", ["Softmax"]),
         ("a = Add(x, bias)\ny = Softmax(a)", ["Add", "Softmax"]),
     ],

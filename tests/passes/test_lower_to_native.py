@@ -153,6 +153,37 @@ def test_heads_that_cannot_be_rotated_stay_portable(
     assert compare_with_portable(native, portable, {"x": X})
 
 
+def split_unevenly(model: ir.Model) -> None:
+    for name in ("qs/rotary/halves", "ks/rotary/halves"):
+        model.graph.initializers[name].const_value = ir.tensor(np.array([1, 3], np.int64), name=name)
+
+
+def one_number_a_token(model: ir.Model) -> None:
+    for name, table in model.graph.initializers.items():
+        if name.endswith(("rotary/cos", "rotary/sin")):
+            assert table.const_value is not None
+            table.const_value = ir.tensor(np.ascontiguousarray(table.const_value.numpy()[..., :1]), name=name)
+            table.shape = ir.Shape([7, 1, 1])
+
+
+def gelu_before_the_heads(model: ir.Model) -> None:
+    for name in ("qs", "ks"):
+        reshape = node(model, name)
+        reshape.replace_input_with(0, Builder(reshape, name).op("Gelu", [reshape.inputs[0]]))
+
+
+@pytest.mark.parametrize("edit", [split_unevenly, one_number_a_token, gelu_before_the_heads])
+def test_what_is_nearly_a_rotation_gives_the_portable_values(
+    block: MakeModel, block_plan: MakePlan, edit: Edit
+) -> None:
+    model = rotated(block(), 3)
+    edit(model)
+    portable, native = lower(model, block_plan(8, 8, two_region=False))
+    assert not [each for each in native_nodes(native) if len(each.inputs) > 5 and each.op_type == "LinearQuantize"]
+    expected = create_session(serialize(portable), threads=1).run(None, {"x": X})[0]
+    assert np.array_equal(run_native(native, {"x": X})[0], expected)
+
+
 def test_a_library_without_rotation_leaves_it_portable(block: MakeModel, block_plan: MakePlan) -> None:
     plan = block_plan()
     native = run_passes(rotated(block(), 3), [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights(plan)])

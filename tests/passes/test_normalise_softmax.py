@@ -3,6 +3,7 @@ import onnx_ir as ir
 import pytest
 
 from mptqc.passes.base import STAGE_KEY, Stage, StageError
+from mptqc.passes.infer_shapes import InferShapes
 from mptqc.passes.normalise_softmax import NormaliseSoftmax
 
 HEADER = "g (float[n,4,2] x) => (float[n,4,2] y)"
@@ -29,32 +30,43 @@ def test_left_alone(parse, axis):
     assert ir.to_onnx_text(model) == text
 
 
+PRODUCT = "m = MatMul(x, w) "
 GUARD = " n = IsNaN(p) y = Where(n, nought, p)"
 MASKS = (
-    "<float nought = {0}, float one = {1}, float[4,2] part = {0,-3.4e38,0,0,0,0,0,0}, "
-    "float[2,1] row = {0,0}, float[4,1] whole = {-3.4e38,0,0,0}>"
+    "<float[2,2] w = {1,2,3,4}, float nought = {0}, float one = {1}, float[4,2] part = {0,-3.4e38,0,0,0,0,0,0}, "
+    "float[4,2] other = {-3.4e38,0,0,0,0,0,0,0}, float[4,1] row = {0,0,0,0}, float[4,1] whole = {-3.4e38,0,0,0}, "
+    "int64[2] rows = {-1,2}, int64[3] cube = {-1,4,2}, int64[2] wide = {-1,8}>"
 )
 
 
 @pytest.mark.parametrize(
     ("body", "dropped"),
     [
-        ("p = Softmax(x)" + GUARD, True),
-        ("s = Add(x, part) p = Softmax(s)" + GUARD, True),
-        ("s = Add(x, whole) p = Softmax(s)" + GUARD, False),
-        ("e = Exp(x) s = Add(x, e) p = Softmax(s)" + GUARD, False),
-        ("p = Softmax(x)" + GUARD.replace("nought", "one"), False),
+        (PRODUCT + "p = Softmax(m)" + GUARD, True),
+        (PRODUCT + "s = Add(m, part) p = Softmax(s)" + GUARD, True),
+        (PRODUCT + "t = Mul(m, one) s = Add(part, t) u = Div(s, one) p = Softmax(u)" + GUARD, True),
+        (PRODUCT + "s = Add(m, part) t = Add(s, row) p = Softmax(t)" + GUARD, True),
+        (PRODUCT + "s = Add(m, part) r = Reshape(s, rows) t = Reshape(r, cube) p = Softmax(t)" + GUARD, True),
+        (PRODUCT + "s = Add(m, whole) p = Softmax(s)" + GUARD, False),
+        (PRODUCT + "s = Add(m, part) t = Add(s, other) p = Softmax(t)" + GUARD, False),  # a row of both together
+        (PRODUCT + "s = Add(m, whole) t = Mul(s, one) p = Softmax(t)" + GUARD, False),
+        (PRODUCT + "s = Add(m, part) r = Reshape(s, wide) t = Reshape(r, cube) p = Softmax(t)" + GUARD, False),
+        (PRODUCT + "k = Greater(part, row) s = Where(k, m, row) p = Softmax(s)" + GUARD, False),
+        (PRODUCT + "e = Exp(x) s = Add(m, e) p = Softmax(s)" + GUARD, False),
+        ("p = Softmax(x)" + GUARD, False),  # may be anything
+        (PRODUCT + "p = Softmax(m)" + GUARD.replace("nought", "one"), False),
         ("p = Exp(x)" + GUARD, False),
-        ("p = Softmax(x) q = Exp(x) n = IsNaN(q) y = Where(n, nought, p)", False),
+        (PRODUCT + "p = Softmax(m) q = Exp(x) n = IsNaN(q) y = Where(n, nought, p)", False),
     ],
 )
 def test_guards_against_rows_that_are_masked_as_a_whole(parse, body, dropped):
     model = parse(f"{HEADER} {MASKS} {{ {body.replace('y = ', 'g = ')} y = Relu(g) }}")
-    for name in ("part", "whole"):
+    for name in ("part", "other", "whole"):
         if name in model.graph.initializers:
             array = model.graph.initializers[name].const_value.numpy()
             infinite = np.where(array < -1e38, -np.inf, array).astype(np.float32)
             model.graph.initializers[name].const_value = ir.tensor(infinite, name=name)
+    InferShapes()(model)
     NormaliseSoftmax()(model)
     assert ("IsNaN" not in [node.op_type for node in model.graph]) is dropped
 

@@ -47,9 +47,9 @@ LINEAR = "p2 = MatMul(cr, V)\ny = Add(p2, c)"
 
 @pytest.fixture
 def make(smoothed) -> Callable[..., ir.Model]:
-    def from_body(body: str, batch: str = "n", **more: np.ndarray) -> ir.Model:
+    def from_body(body: str, batch: str = "n", output: str = "", **more: np.ndarray) -> ir.Model:
         used = {name: a for name, a in (ARRAYS | more).items() if f" {name})" in body or f"({name}," in body}
-        model: ir.Model = smoothed(f"float[{batch},{T},{C}] x", f"float[{batch},{T},{C}] y", body, {}, used)
+        model: ir.Model = smoothed(f"float[{batch},{T},{C}] x", output or f"float[{batch},{T},{C}] y", body, {}, used)
         model.metadata_props[STAGE_KEY] = Stage.RAW
         return model
 
@@ -73,7 +73,7 @@ def test_attentions_of_three_axes_get_four(make, join: str) -> None:
     assert part(model) == 1
     assert len(find_projections(model, concrete_shapes(model))) == 3
     SeparateProjections(concrete_shapes(model))(model)
-    JoinHeads(concrete_shapes(model))(model)
+    JoinHeads(concrete_shapes(model, batch=2))(model)
     for batch, wanted in zip((1, 3), expected, strict=True):
         np.testing.assert_allclose(run(model, batch), wanted, rtol=0, atol=2**-18)
     (attention,) = find_attentions(model)
@@ -85,7 +85,7 @@ def test_attentions_of_three_axes_get_four(make, join: str) -> None:
     transpose = reshape.inputs[0].producer()
     assert transpose is not None and transpose.inputs[0] is attention.context.outputs[0]
     assert part(model) == 0
-    assert JoinHeads(concrete_shapes(model))(model).edits == 0
+    assert JoinHeads(concrete_shapes(model, batch=2))(model).edits == 0
 
 
 def test_a_fixed_batch_tells_the_heads_too(make) -> None:
@@ -107,3 +107,21 @@ def test_what_differs_from_head_to_head_is_left(make) -> None:
     model = make(OPERANDS + ATTEND.replace("mask)", "by_head)") + JOIN + LINEAR, "1", by_head=by_head)
     shapes = concrete_shapes(model)
     assert PartHeads(shapes, shapes)(model).edits == 0
+
+
+def test_a_context_that_is_the_output_keeps_its_name_and_shape(make) -> None:
+    model = make(OPERANDS + ATTEND.replace("c0 = ", "y = "), output=f"float[m,{T},{D}] y")
+    expected = run(model, 3)
+    assert part(model) == 1
+    assert [value.name for value in model.graph.outputs] == ["y"]
+    np.testing.assert_allclose(run(model, 3), expected, rtol=0, atol=2**-18)
+
+
+def test_images_that_are_mixed_are_not_joined_straight(make) -> None:
+    mixed = (
+        "c4 = Reshape(c0, heads)\nct = Transpose<perm=[0,2,1,3]>(c4)\ncs = Reshape(ct, joined)\n"
+        "cm = Transpose<perm=[1,0,2]>(cs)\ncr = Reshape(cm, joined)\n"
+    )
+    model = make(OPERANDS + ATTEND + mixed + LINEAR)
+    part(model)
+    assert JoinHeads(concrete_shapes(model, batch=2))(model).edits == 0
