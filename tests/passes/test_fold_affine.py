@@ -134,7 +134,7 @@ NEGATIVES = {
         "g (float[b,3,4] x) => (float[1,b,2,3,3] y)",
     ),
     "a_context": (
-        HEADS + SECOND + "s = MatMul(t, k)\nw = Softmax<axis=-1>(s)\nc = MatMul(w, t)\ny = Mul(c, half)",
+        HEADS + SECOND + "s = MatMul(t, k)\nw = Softmax<axis=-1>(s)\nz = MatMul(w, t)\ny = Mul(z, half)",
         "g (float[b,3,4] x) => (float[b,2,3,2] y)",
     ),
     "q_times_itself": (
