@@ -13,8 +13,8 @@ def export(
     name: Annotated[
         str,
         typer.Argument(
-            help="timm model, such as vit_small_patch16_224 (vit_*, deit_*, swin_*, beit_*, eva02_*, ...); or, with a slash, "
-            "a transformers model on the hub (ViT, DINOv3, CLIP, ...) or a folder written by save_pretrained."
+            help="timm model, such as vit_small_patch16_224 (vit_*, deit_*, swin_*, beit_*, eva02_*, ...); or, with a "
+            "slash, a transformers model on the hub (ViT, DINOv3, CLIP, ...) or a folder written by save_pretrained."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
