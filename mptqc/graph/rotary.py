@@ -90,6 +90,8 @@ def _made_sums(value: ir.Value, shapes: Shapes, known: dict[ir.Value, _Sums | No
         return _joined(parts, node.attributes.get_int("axis", 0))
     if is_op(node, "Add", "Sub"):
         signs = (1.0, -1.0 if is_op(node, "Sub") else 1.0)
+        if sum(len(part.index) for part in parts) > _MOST_TERMS:
+            return None
         return reduce(_added, (_scaled(part, np.array(sign), shape) for part, sign in zip(parts, signs, strict=True)))
     if is_op(node, "Neg"):
         return _scaled(parts[0], np.array(-1.0), shape)
@@ -142,8 +144,6 @@ def _joined(parts: list[_Sums], axis: int) -> _Sums:
 
 def _paired(linear: Linear, columns: NDArray[np.int64], coefficient: NDArray[np.float64]) -> Rotary | None:
     """The two columns of each channel, [terms, T, h, d]; None if channels do not go in pairs that share theirs."""
-    if len(columns) > _MOST_TERMS:
-        return None
     heads, size = columns.shape[2:]
     order = np.zeros((heads, size), np.int64)
     own = np.zeros((heads, size), np.int64)
