@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from kernel_records import Addend, Attention, LayerNorm, Linear, Patches, c_quantizer
 
-from mptqc.reference.custom_ops import AttentionScales, block_weight
+from mptqc.reference.custom_ops import ACTIVATIONS, AttentionScales, block_weight
 
 ROOT = Path(__file__).parents[1]
 EMULATED = ROOT / "tests/kernels/emulated"
@@ -142,7 +142,7 @@ class CudaKernels:
         output = Output(memory, shape, float_type if quantizer is None else np.uint8, self.shift)
         arguments = Linear(
             int(np.prod(a.shape[:-1])), inputs, outputs, self.put(memory, a), *aligned,
-            ("none", "gelu").index(activation),
+            ACTIVATIONS.index(activation),
             None if multiplier is None else memory.take(as_bytes(np.pad(multiplier, padding))),
             None if residual is None else self.put(memory, residual),
             0 if rows is None else rows.size, None if rows is None else self.put(memory, rows),

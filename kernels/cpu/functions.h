@@ -29,12 +29,16 @@ MPTQC_INLINE typename V::F power_of_e(typename V::F x, float factor) {
   return V::multiply(power, V::as_float(V::add(V::as_int(V::look_up(kRoots, bits)), V::shift_left(bits, 19))));
 }
 
-// -u * (1 - Phi(u)) for u >= 0 in 16 segments, the middle of segment i being u = i / kSegmentsPerUnit: coefficients for powers
-// of the way back to it, in segments, the highest first. Fits at Chebyshev's nodes, within 2^-22 up to 15.5 segments, where
-// u = 5.
-constexpr int kGeluDegree = 4;
-constexpr float kSegmentsPerUnit = 3.1f, kLastTail = 4.99f;
-constexpr float kGeluSegments[kGeluDegree + 1][16] = {
+// What a GELU is short of max(x, 0), for u = |x|, in 16 segments, the middle of segment i being u = i / segments_per_unit:
+// coefficients for powers of the way back to it, in segments, the highest first. Fits at Chebyshev's nodes; from `last` on
+// there is as good as nothing left.
+constexpr int kTailDegree = 4;
+struct Tail {
+  float segments_per_unit, last, segments[kTailDegree + 1][16];
+};
+
+// -u * (1 - Phi(u)), within 2^-22: that of x/2 * (1 + erf(x/sqrt 2)).
+constexpr Tail kGeluTail = {3.1f, 4.99f, {
     {-0.000708864594f, -0.000558004191f, -0.000184219258f, 0.0001867471f, 0.000379503326f, 0.000363291067f,
      0.000226447941f, 8.08171826e-05f, -1.03976618e-05f, -4.22456324e-05f, -3.89271263e-05f, -2.47354747e-05f,
      -1.24723583e-05f, -5.24449024e-06f, -1.88376475e-06f, -5.85997043e-07f},
@@ -50,18 +54,44 @@ constexpr float kGeluSegments[kGeluDegree + 1][16] = {
     {0.0f, -0.120485939f, -0.167362154f, -0.161212876f, -0.12705721f, -0.0861012414f, -0.0512234978f, -0.0270308796f,
      -0.0127246296f, -0.00536138983f, -0.00202610111f, -0.000687674154f, -0.000209814549f, -5.75826125e-05f,
      -1.42213903e-05f, -3.16174169e-06f},
-};
+}};
 
-// x/2 * (1 + erf(x/sqrt 2)), absolute error under 2^-21 * max(1, |x|): max(x, 0), less what falls off to both sides alike.
+// -u/2 * (1 - tanh(sqrt(2/pi) * (u + 0.044715 u^3))), within 2^-22.
+constexpr Tail kTanhGeluTail = {3.1f, 4.99f, {
+    {-0.000712175737f, -0.000558133353f, -0.000179111594f, 0.000190113016f, 0.000374709314f, 0.000355299155f, 0.000224785297f, 8.632549e-05f, -4.71310477e-06f, -4.11484398e-05f, -4.11386027e-05f, -2.69731408e-05f, -1.33065714e-05f, -5.11030703e-06f, -1.53948258e-06f, -3.63061531e-07f},
+    {6.37970697e-06f, 0.00265318505f, 0.00416326802f, 0.00410209456f, 0.00290065352f, 0.00138658879f, 0.000209289588f, -0.000403255603f, -0.00054787274f, -0.00044077207f, -0.000268313044f, -0.000130514687f, -5.14078129e-05f, -1.63846798e-05f, -4.19859407e-06f, -8.57253497e-07f},
+    {0.0415144414f, 0.0373402014f, 0.0266620461f, 0.01382301f, 0.00309950765f, -0.00330687221f, -0.00554422243f, -0.00508811185f, -0.00355325267f, -0.00202729669f, -0.000963999773f, -0.000382780214f, -0.000126185812f, -3.42115563e-05f, -7.54390567e-06f, -1.3367528e-06f},
+    {0.161290392f, 0.081091322f, 0.0163270384f, -0.024119718f, -0.0404273942f, -0.0394523703f, -0.0300092679f, -0.019072568f, -0.0103625553f, -0.0048385784f, -0.00193505955f, -0.000657486788f, -0.000187787839f, -4.45460028e-05f, -8.66491337e-06f, -1.36396761e-06f},
+    {0.0f, -0.120489255f, -0.167404354f, -0.161354229f, -0.127286538f, -0.0862797573f, -0.0511810258f, -0.0267213397f, -0.0122629832f, -0.00491807703f, -0.00170844863f, -0.000508501893f, -0.000128116546f, -2.69749344e-05f, -4.68374856e-06f, -6.61649835e-07f},
+}};
+
+// -u / (1 + e^(1.702 u)), within 2^-17.
+constexpr Tail kQuickGeluTail = {1.8f, 8.6f, {
+    {-0.00894819759f, -0.00107354042f, 0.00387541926f, 0.00186434377f, 0.000357994897f, -5.86589231e-05f, -9.85457518e-05f, -6.59461948e-05f, -3.58647703e-05f, -1.7803919e-05f, -8.39891163e-06f, -3.83472525e-06f, -1.71117142e-06f, -7.5065833e-07f, -3.24963452e-07f, -1.3919211e-07f},
+    {0.000466948812f, 0.0246595666f, 0.0152604906f, 0.00326445629f, -0.000709337066f, -0.00109479658f, -0.000729578896f, -0.000396136806f, -0.000196359193f, -9.25096392e-05f, -4.21910263e-05f, -1.88100785e-05f, -8.24564813e-06f, -3.56747432e-06f, -1.52731945e-06f, -6.4826213e-07f},
+    {0.131414264f, 0.0838194862f, 0.0181059912f, -0.00718023488f, -0.00922867842f, -0.00603835145f, -0.00325804972f, -0.00160898385f, -0.000756029156f, -0.000344114582f, -0.000153178975f, -6.70655136e-05f, -2.89870768e-05f, -1.2399948e-05f, -5.25951691e-06f, -2.21504774e-06f},
+    {0.277782589f, 0.0496240258f, -0.0468510985f, -0.0516790748f, -0.0333760977f, -0.0179581475f, -0.00885429233f, -0.00415484281f, -0.00188896095f, -0.000840056688f, -0.000367512635f, -0.000158745403f, -6.78715296e-05f, -2.87754283e-05f, -1.21142448e-05f, -5.06954666e-06f},
+    {0.0f, -0.155433193f, -0.145686597f, -0.0922910497f, -0.0494777858f, -0.0243570488f, -0.0114154099f, -0.00518440921f, -0.00230354071f, -0.0010070164f, -0.000434708345f, -0.000185764147f, -7.87243334e-05f, -3.31302472e-05f, -1.38599298e-05f, -5.76866296e-06f},
+}};
+
+// Null: there is no activation.
+constexpr const Tail* tail_of(int32_t activation) {
+  return activation == MPTQC_GELU         ? &kGeluTail
+         : activation == MPTQC_GELU_TANH  ? &kTanhGeluTail
+         : activation == MPTQC_QUICK_GELU ? &kQuickGeluTail
+                                          : nullptr;
+}
+
+// A GELU: max(x, 0), less what falls off to both sides alike.
 template <class V>
-MPTQC_INLINE typename V::F gelu(typename V::F x) {
-  const auto size = V::minimum(V::absolute(x), V::set(kLastTail));
-  const auto shifted = V::multiply_add(size, V::set(kSegmentsPerUnit), V::set(kShifter));
+MPTQC_INLINE typename V::F gelu(const Tail& t, typename V::F x) {
+  const auto size = V::minimum(V::absolute(x), V::set(t.last)), per_unit = V::set(t.segments_per_unit);
+  const auto shifted = V::multiply_add(size, per_unit, V::set(kShifter));
   const auto segment = V::as_int(shifted);
-  const auto back = V::subtract_product(V::subtract(shifted, V::set(kShifter)), size, V::set(kSegmentsPerUnit));
-  auto tail = V::look_up(kGeluSegments[0], segment);
+  const auto back = V::subtract_product(V::subtract(shifted, V::set(kShifter)), size, per_unit);
+  auto tail = V::look_up(t.segments[0], segment);
   MPTQC_UNROLL
-  for (int i = 1; i <= kGeluDegree; ++i) tail = V::multiply_add(tail, back, V::look_up(kGeluSegments[i], segment));
+  for (int i = 1; i <= kTailDegree; ++i) tail = V::multiply_add(tail, back, V::look_up(t.segments[i], segment));
   return V::add(V::maximum(x, V::set(0.0f)), tail);
 }
 

@@ -12,10 +12,11 @@ struct LinearTask {
   using V = Wide<L>;
   const mptqc_linear& a;
   Output output;
+  const Tail* const tail;  // of the activation; null: there is none
   float gelu_factor[kPanel];
   int32_t own_offset[kPanel];
 
-  explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output) {}
+  explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output), tail(tail_of(arguments.activation)) {}
 
   void run(int64_t task) {
     const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
@@ -30,7 +31,7 @@ struct LinearTask {
     const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_bytes, chunk) : 0;  // with each row
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
     const int8_t* next = weight.data + panel_bytes;
-    if (a.activation == MPTQC_GELU) make_gelu_factor(first_column);
+    if (tail != nullptr) make_gelu_factor(first_column);
     const int32_t* offset = offset_of(weight, blocks, first_column);
     // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
     Product<L> product(a.largest_weight);
@@ -97,7 +98,7 @@ struct LinearTask {
   void finish(const int32_t* sum, int64_t row, int64_t column, int columns) const {
     const int64_t index = row * a.outputs + column;
     const auto sums = V::to_float(V::load(sum)), scale = V::load(a.scale + column), bias = V::load(a.bias + column);
-    if (a.activation == MPTQC_GELU) return finish_gelu(V::multiply_add(sums, scale, bias), index, columns);
+    if (tail != nullptr) return finish_gelu(V::multiply_add(sums, scale, bias), index, columns);
     auto y = V::add(V::multiply(sums, scale), bias);
     if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
     if (a.rotary.cosine != nullptr) y = rotate(y, row, column);
@@ -121,7 +122,7 @@ struct LinearTask {
   }
 
   MPTQC_INLINE void finish_gelu(typename V::F x, int64_t index, int columns) const {
-    auto y = V::multiply(gelu<V>(x), V::load(gelu_factor));
+    auto y = V::multiply(gelu<V>(*tail, x), V::load(gelu_factor));
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
     if (!output.quantized) return V::store(static_cast<float*>(output.data) + index, y, columns);
     const auto& q = output.quantizer;

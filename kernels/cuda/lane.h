@@ -78,4 +78,11 @@ MPTQC_INLINE float gelu(float x) {
   return fmaf(half, error_function, half);
 }
 
+// An activation of mptqc_activation; e^-y may be infinite. x/2 * (1 + tanh y) is x / (1 + e^-2y).
+MPTQC_INLINE float activated(int32_t activation, float x) {
+  if (activation == MPTQC_GELU) return gelu(x);
+  const float y = activation == MPTQC_GELU_TANH ? 1.59576912f * fmaf(0.044715f * x * x, x, x) : 1.702f * x;
+  return x / (1.0f + expf(-y));
+}
+
 }  // namespace mptqc

@@ -124,9 +124,9 @@ struct LinearBlock {
           y[c] = static_cast<float>(sums.value[k] + columns.offset[c]) * columns.scale[c] + columns.bias[c];
         }
       }
-      if (a.activation == MPTQC_GELU) {
+      if (a.activation != MPTQC_NO_ACTIVATION) {
         MPTQC_UNROLL
-        for (int c = 0; c < kLaneColumns; ++c) y[c] = gelu(y[c]);
+        for (int c = 0; c < kLaneColumns; ++c) y[c] = activated(a.activation, y[c]);
       }
       if (a.multiplier != nullptr) {
         MPTQC_UNROLL
@@ -134,7 +134,7 @@ struct LinearBlock {
       }
       const int64_t index = target_row(from) * a.outputs + column;
       if (a.residual != nullptr) add_residual(y, index, count);
-      write_eight(output, index, y, count, a.activation != MPTQC_GELU);
+      write_eight(output, index, y, count, a.activation == MPTQC_NO_ACTIVATION);
     }
   }
 

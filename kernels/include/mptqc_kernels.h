@@ -75,7 +75,13 @@ typedef struct {
 MPTQC_EXPORT int64_t mptqc_layer_norm_tasks(const mptqc_layer_norm* arguments);
 MPTQC_EXPORT mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_norm* arguments, int64_t task);
 
-typedef enum { MPTQC_NO_ACTIVATION = 0, MPTQC_GELU = 1 } mptqc_activation;
+/* x/2 * (1 + erf(x/sqrt 2)); x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))); x / (1 + e^(-1.702 x)) */
+typedef enum {
+  MPTQC_NO_ACTIVATION = 0,
+  MPTQC_GELU = 1,
+  MPTQC_GELU_TANH = 2,
+  MPTQC_QUICK_GELU = 3
+} mptqc_activation;
 
 /* Rotary position embedding of heads of `width` outputs, 2 to 64 and a power of two: y * cosine + y' * sine, where y' is y
    with the halves of each head changed over. Row r and output n take entry [r % tokens, n % columns] of the tables. */

@@ -1,6 +1,8 @@
 #include "operators.h"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <vector>
 
 namespace mptqc::ort {
@@ -88,8 +90,10 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
   require(bias.size() == scale.size(), "bias and W_scale differ in size");
 
   const std::string activation = node.string("activation");
-  require(activation == "none" || activation == "gelu", "activation must be none or gelu");
-  activation_ = activation == "gelu" ? MPTQC_GELU : MPTQC_NO_ACTIVATION;
+  const std::string names[] = {"none", "gelu", "gelu_tanh", "quick_gelu"};  // as mptqc_activation
+  const auto* const found = std::find(std::begin(names), std::end(names), activation);
+  require(found != std::end(names), "activation must be none, gelu, gelu_tanh or quick_gelu");
+  activation_ = static_cast<int32_t>(found - std::begin(names));
 
   const float input_scale = positive(node, "input_scale");
   for (float& each : scale) each *= input_scale;

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mptqc.errors import RefusalError
 from mptqc.graph.batch_shapes import Batches, divisors
-from mptqc.graph.edit import constant_of, is_op, only_consumer, scalar_of
+from mptqc.graph.edit import constant_of, is_op, only_consumer, producer, scalar_of
 from mptqc.graph.integer_products import IntegerProduct
 from mptqc.graph.layout import MOVEMENT_OPS, readers, trace
 from mptqc.graph.match import Norm
@@ -27,7 +27,7 @@ from mptqc.graph.quantizer_match import (
     quantizers_of,
 )
 from mptqc.graph.rotary import RotatedHeads, match_rotated
-from mptqc.reference.custom_ops import MOST_TERMS, PANEL, ROTATED_WIDTHS, patches
+from mptqc.reference.custom_ops import MOST_TERMS, PANEL, QUICK_GELU_FACTOR, ROTATED_WIDTHS, patches
 
 _DEFAULT_EPSILON = 1e-5  # of LayerNormalization
 
@@ -192,9 +192,9 @@ def match_linear(
         raise RefusalError(f"it sums {shapes.of(product.left)[-1]} products; the operator sums {MOST_TERMS} at most")
     taken = (product, scale, int(zero_point))
     value, activation = product.output, "none"
-    after = only_consumer(value)
-    if after is not None and is_op(after, "Gelu") and after.attributes.get_string("approximate", "none") == "none":
-        value, activation = after.outputs[0], "gelu"
+    found_activation = _activation(value)
+    if found_activation is not None:
+        value, activation = found_activation
     no_rows = np.zeros(1, np.int64)
     rotated = rotated_heads(product.output)
     if rotated is not None and rotates and why_not_rotated(rotated, shapes) is None:
@@ -210,6 +210,24 @@ def match_linear(
     add, index, rows = found
     claimed.add(add)
     return LinearPattern(*taken, activation, None, None, (add, index), rows, add.outputs[0])
+
+
+def _activation(value: ir.Value) -> tuple[ir.Value, str] | None:
+    """What an activation makes of `value`, and its name in `ACTIVATIONS`, if nothing else reads `value`."""
+    after = only_consumer(value)
+    if after is not None and is_op(after, "Gelu"):
+        return after.outputs[0], "gelu_tanh" if after.attributes.get_string("approximate", "none") == "tanh" else "gelu"
+    for product in value.consumers():
+        sigmoid = next((made for one in product.inputs if (made := producer(one, "Sigmoid")) is not None), None)
+        slope = None if sigmoid is None else producer(sigmoid.inputs[0], "Mul")
+        if not is_op(product, "Mul") or sigmoid is None or slope is None or value not in slope.inputs:
+            continue
+        factors = [scalar_of(one) for one in slope.inputs if one is not value]
+        close = [one is not None and abs(one - QUICK_GELU_FACTOR) < 2**-20 for one in factors]
+        alone = only_consumer(slope.outputs[0]) is sigmoid and only_consumer(sigmoid.outputs[0]) is product
+        if close == [True] and alone and set(value.consumers()) == {slope, product} and not value.is_graph_output():
+            return product.outputs[0], "quick_gelu"
+    return None
 
 
 def rotated_heads(value: ir.Value) -> RotatedHeads | None:

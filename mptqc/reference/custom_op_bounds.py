@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mptqc.reference.custom_ops import (
-    GELU_TOLERANCE,
     LAYER_NORM_TOLERANCE,
     SOFTMAX_TOLERANCE,
     AttentionScales,
     CodeQuantizer,
+    activate,
+    activation_tolerance,
     attention_probabilities,
     by_context,
     context_sums,
-    gelu,
     layer_norm,
     linear,
     patches,
@@ -109,8 +109,9 @@ def _linear(
     x = linear(a, weight, weight_scale, bias, **scales, rows=rows)
     low: Array = x
     high: Array = x
-    if attributes["activation"] == "gelu":
-        y, error = gelu(x), slack * GELU_TOLERANCE * np.maximum(1, np.abs(x))
+    activation = attributes["activation"]
+    if activation != "none":
+        y, error = activate(x, activation), slack * activation_tolerance(activation) * np.maximum(1, np.abs(x))
         low, high = y - error, y + error
     if multiplier is not None:
         low, high = np.minimum(low * multiplier, high * multiplier), np.maximum(low * multiplier, high * multiplier)

@@ -33,13 +33,18 @@ ROTATED_WIDTHS = (2, 4, 8, 16, 32, 64)
 MOST_TERMS = 32768
 """The operators sum at most so many products of codes in 32 bits."""
 
-ACTIVATIONS = ("none", "gelu")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
+"""What a Linear may apply: nothing, x/2·(1 + erf(x/√2)), its approximation by tanh, x·σ(QUICK_GELU_FACTOR·x)."""
+
+QUICK_GELU_FACTOR = 1.702
 
 # How far an implementation's float may lie from the exact value, before it is quantized. Each is several times what the
 # polynomials and the order of float32 sums can cost; a code step is never that small.
 LAYER_NORM_TOLERANCE = 2.0**-17
 """Relative to the largest |γ·(x − mean)/σ| + |β| of the row."""
 GELU_TOLERANCE = 2.0**-19
+"""Relative to max(1, |x|), of GELU and of its approximation by tanh."""
+QUICK_GELU_TOLERANCE = 2.0**-16
 """Relative to max(1, |x|)."""
 SOFTMAX_TOLERANCE = 2.0**-18
 """Of a probability p, or of p over its row's largest, and of that largest.
@@ -150,8 +155,8 @@ def linear(
     """
     accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
     y = accumulator.astype(np.float32) * (np.float32(input_scale) * weight_scale) + bias
-    if activation == "gelu":
-        y = gelu(y)
+    if activation != "none":
+        y = activate(y, activation)
     if multiplier is not None:
         y = y * multiplier
     if rotary is not None:
@@ -178,6 +183,24 @@ def rotate(y: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np
     by_head = np.arange(parts.shape[2]) % heads
     rotated: NDArray[np.float32] = parts * cosine[:, by_head] + swapped * sine[:, by_head]
     return rotated.reshape(y.shape)
+
+
+def activate(x: NDArray[np.float32], activation: str) -> NDArray[np.float32]:
+    """One of ACTIVATIONS but "none", float32."""
+    if activation == "gelu":
+        return gelu(x)
+    wide = x.astype(np.float64)
+    slope = QUICK_GELU_FACTOR * wide
+    if activation == "gelu_tanh":  # (1 + tanh(z))/2 = σ(2z)
+        slope = 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    with np.errstate(over="ignore"):
+        y: NDArray[np.float32] = (wide / (1 + np.exp(-slope))).astype(np.float32)
+    return y
+
+
+def activation_tolerance(activation: str) -> float:
+    """How far an implementation may be off, relative to max(1, |x|)."""
+    return QUICK_GELU_TOLERANCE if activation == "quick_gelu" else GELU_TOLERANCE
 
 
 def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:

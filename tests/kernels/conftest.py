@@ -10,7 +10,7 @@ import pytest
 from kernel_builds import build_with_emulation
 from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, Rotary, c_quantizer
 
-from mptqc.reference.custom_ops import AttentionScales, block_weight
+from mptqc.reference.custom_ops import ACTIVATIONS, AttentionScales, block_weight
 from mptqc.runtime.library import available_isas, find_library, load_library
 
 OK = 0
@@ -76,7 +76,7 @@ class Kernels:
         tables = [] if rotary is None else [unaligned(table) for table in rotary]
         arguments = Linear(
             int(np.prod(a.shape[:-1])), inputs, outputs, a.ctypes.data, blocks.ctypes.data, offset.ctypes.data,
-            scale.ctypes.data, padded_bias.ctypes.data, ("none", "gelu").index(activation),
+            scale.ctypes.data, padded_bias.ctypes.data, ACTIVATIONS.index(activation),
             None if multiplier is None else multiplier.ctypes.data,
             None if residual is None else residual.ctypes.data, 0 if rows is None else rows.size,
             None if rows is None else rows.ctypes.data, c_output, address(output),

@@ -104,7 +104,7 @@ void linear() {
   arguments.offset = offset.data();
   arguments.scale = scale.data();
   arguments.bias = bias.data();
-  arguments.activation = generator() % 2 == 0 ? MPTQC_GELU : MPTQC_NO_ACTIVATION;
+  arguments.activation = static_cast<int32_t>(size(MPTQC_NO_ACTIVATION, MPTQC_QUICK_GELU));
   arguments.multiplier = generator() % 2 == 0 ? bias.data() : nullptr;
   arguments.residual = generator() % 2 == 0 ? residual.data() : nullptr;
   arguments.table_size = rows;

@@ -201,10 +201,11 @@ def of_bias(kernels: CudaKernels, x: np.ndarray, **arguments: object) -> np.ndar
     return kernels.linear(empty, no_weight, np.ones_like(x), x, input_scale=1.0, input_zero_point=0, **arguments)[0]
 
 
-def test_gelu_is_within_its_tolerance(kernels):
-    x = np.concatenate([np.linspace(-9, 9, 20_003), [0, -0.0, 1e-30, 200, -200]]).astype(np.float32)
-    error = np.abs(of_bias(kernels, x, activation="gelu") - ops.gelu(x))
-    assert (error / np.maximum(1, np.abs(x))).max() < ops.GELU_TOLERANCE
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS[1:])
+def test_gelu_is_within_its_tolerance(kernels, activation):
+    x = np.concatenate([np.linspace(-12, 12, 20_003), [0, -0.0, 1e-30, 200, -200]]).astype(np.float32)
+    error = np.abs(of_bias(kernels, x, activation=activation) - ops.activate(x, activation))
+    assert (error / np.maximum(1, np.abs(x))).max() < ops.activation_tolerance(activation)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

@@ -83,7 +83,7 @@ def test_linear_adds_the_residual_at_the_row_it_writes(kernels, activation):
     if activation == "none":
         assert np.array_equal(actual, expected)
     else:
-        assert np.abs(actual - expected).max() < ops.GELU_TOLERANCE * (np.abs(expected).max() + 4)
+        assert np.abs(actual - expected).max() < ops.activation_tolerance(activation) * (np.abs(expected).max() + 4)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -140,26 +140,30 @@ def test_linear_of_small_weights_is_exact_at_their_limit(kernels, largest, rows,
         assert np.array_equal(actual, expected)
 
 
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS[1:])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_linear_with_gelu(kernels, kernels_of, quantizer):
+def test_linear_with_gelu(kernels, kernels_of, quantizer, activation):
     generator = np.random.default_rng(2)
     a, weight = codes(generator, 31, 40), codes(generator, 40, 77).view(np.int8)
     scale, bias = np.full(77, 1.5e-4, np.float32), floats(generator, 77) * 2
-    arguments = {"input_scale": 0.9, "input_zero_point": 128, "activation": "gelu"}
+    arguments = {"input_scale": 0.9, "input_zero_point": 128, "activation": activation}
     actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
     portable = kernels_of("portable").linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
     assert np.array_equal(actual, portable)
     x = ops.linear(a, weight, scale, bias, **(arguments | {"activation": "none"}))
-    assert_codes_of(actual, quantizer, ops.gelu(x), ops.GELU_TOLERANCE * np.maximum(1, np.abs(x)))
+    tolerance = ops.activation_tolerance(activation) * np.maximum(1, np.abs(x))
+    assert_codes_of(actual, quantizer, ops.activate(x, activation), tolerance)
 
 
-def test_gelu_is_within_its_tolerance(kernels, kernels_of):
-    x = np.concatenate([np.linspace(-9, 9, 100_003), [0, -0.0, 1e-30, 200, -200]]).astype(np.float32)
-    one = {"input_scale": 1.0, "input_zero_point": 0, "activation": "gelu"}
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS[1:])
+def test_gelu_is_within_its_tolerance(kernels, kernels_of, activation):
+    x = np.concatenate([np.linspace(-12, 12, 100_003), [0, -0.0, 1e-30, 200, -200]]).astype(np.float32)
+    one = {"input_scale": 1.0, "input_zero_point": 0, "activation": activation}
     empty, no_weight = np.zeros((1, 0), np.uint8), np.zeros((0, x.size), np.int8)
     actual = kernels.linear(empty, no_weight, np.ones_like(x), x, **one)[0]
     assert np.array_equal(actual, kernels_of("portable").linear(empty, no_weight, np.ones_like(x), x, **one)[0])
-    assert (np.abs(actual - ops.gelu(x)) / np.maximum(1, np.abs(x))).max() < ops.GELU_TOLERANCE
+    error = np.abs(actual - ops.activate(x, activation)) / np.maximum(1, np.abs(x))
+    assert error.max() < ops.activation_tolerance(activation)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

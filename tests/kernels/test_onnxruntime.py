@@ -102,6 +102,14 @@ CASES: dict[str, tuple[Any, ...]] = {
     "gelu": (
         "LinearQuantize", {"A": A}, LINEAR_INPUTS, {**LINEAR, "activation": "gelu", **TWO_REGIONS.attributes("output")}
     ),
+    "gelu by tanh": (
+        "LinearQuantize", {"A": A}, LINEAR_INPUTS,
+        {**LINEAR, "activation": "gelu_tanh", **TWO_REGIONS.attributes("output")},
+    ),
+    "gelu, quick": (
+        "LinearQuantize", {"A": A}, LINEAR_INPUTS,
+        {**LINEAR, "activation": "quick_gelu", **TWO_REGIONS.attributes("output")},
+    ),
     "gelu with multiplier": (
         "LinearQuantize", {"A": A}, {**LINEAR_INPUTS, "multiplier": MULTIPLIER},
         {**LINEAR, "activation": "gelu", **FOUR_REGIONS.attributes("output")},
@@ -133,7 +141,7 @@ def expected(case: str, kernels: Any) -> np.ndarray:
         ),
         "quantize": lambda: kernels.linear(*linear, **LINEAR, quantizer=UNIFORM),
         "gelu": lambda: kernels.linear(
-            *linear, **(LINEAR | {"activation": "gelu"}),
+            *linear, **(LINEAR | {"activation": CASES[case][3]["activation"]}),
             quantizer=FOUR_REGIONS if "multiplier" in case else TWO_REGIONS,
             multiplier=MULTIPLIER if "multiplier" in case else None,
         ),
@@ -147,7 +155,7 @@ def expected(case: str, kernels: Any) -> np.ndarray:
         ),
         "patches": lambda: kernels.patches(IMAGE, 4, 3, UNIFORM),
     }  # fmt: skip
-    return results[case.split()[0]]()
+    return results[case.split()[0].rstrip(",")]()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -333,10 +333,6 @@ def interleave_heads(model: ir.Model) -> None:
         node(model, name).attributes["perm"] = ir.AttrInt64s("perm", permutation)
 
 
-def approximate_gelu(model: ir.Model) -> None:
-    node(model, "g").attributes["approximate"] = ir.AttrString("approximate", "tanh")
-
-
 INTERLEAVED = {"LayerNormQuantize": 1, "LinearQuantize": 3, "Linear": 3}  # q, proj and fc1 quantize; k and v are int8
 PORTABLE_ATTENTION = INTERLEAVED
 FLOAT_GELU = {**WHOLE_BLOCK, "LinearQuantize": 4, "Linear": 2}
@@ -357,7 +353,6 @@ FLOAT_GELU = {**WHOLE_BLOCK, "LinearQuantize": 4, "Linear": 2}
         (interleave_heads, "block00.attention", "the heads of q lie in", INTERLEAVED),
         (make_output("f", ["n", 7, 20]), None, "", FLOAT_GELU),
         (make_output("g", ["n", 7, 20]), None, "", FLOAT_GELU),
-        (approximate_gelu, None, "", FLOAT_GELU),
     ],
 )
 def test_what_an_operator_cannot_express_keeps_its_portable_form(
@@ -408,6 +403,38 @@ def test_more_additions_than_two_are_joined(
     assert len(attention.inputs) == 3 + left
     expected = create_session(serialize(portable), threads=1).run(None, {"x": X})[0]
     assert np.abs(run_native(native, {"x": X})[0] - expected).max() < 0.02 * np.abs(expected).max()  # a code or two
+
+
+def gelu_by_tanh(model: ir.Model) -> None:
+    node(model, "g").attributes["approximate"] = ir.AttrString("approximate", "tanh")
+
+
+def quick_gelu(factor: float) -> Edit:
+    def edit(model: ir.Model) -> None:
+        gelu = node(model, "g")
+        build = Builder(gelu, "quick")
+        slope = build.op("Mul", [gelu.inputs[0], build.constant("factor", np.array(factor, np.float32))])
+        result = build.op("Mul", [gelu.inputs[0], build.op("Sigmoid", [slope])])
+        for use in list(gelu.outputs[0].uses()):
+            use.node.replace_input_with(use.idx, result)
+        model.graph.remove(gelu, safe=True)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "activation"), [(gelu_by_tanh, "gelu_tanh"), (quick_gelu(1.702), "quick_gelu"), (quick_gelu(1.7), None)]
+)
+def test_other_gelus(block: MakeModel, block_plan: MakePlan, edit: Edit, activation: str | None) -> None:
+    model = block()
+    edit(model)
+    portable, native = lower(model, block_plan(8, 8, two_region=False))
+    assert native_counts(native) == (FLOAT_GELU if activation is None else WHOLE_BLOCK)
+    named = {
+        each.attributes["activation"].as_string() for each in native_nodes(native) if "activation" in each.attributes
+    }
+    assert named == {"none", activation} - {None}
+    compare_with_portable(native, portable, {"x": X})
 
 
 def test_a_constant_added_to_every_image_is_no_residual(block: MakeModel, block_plan: MakePlan) -> None:
