@@ -30,7 +30,7 @@ def export_small(output: Path, name: str = "vit_tiny_patch16_224", *, seed: int 
         ("deit_tiny_distilled_patch16_224", 32),
         ("swin_tiny_patch4_window7_224", 56),
         ("swinv2_tiny_window8_256", 64),
-        ("eva02_tiny_patch14_224", 28),
+        ("eva02_tiny_patch14_336", 28),
         ("pit_ti_224", 64),
         ("cait_xxs24_224", 32),
     ],
