@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mptqc.graph.constant_folding import fold_constants
+from mptqc.graph.constant_folding import BATCHES, fold_at_batch
 from mptqc.graph.edit import Builder, constant_of, is_op, producer, remove_dead, replace_value
 from mptqc.graph.shapes import dims_of
 from mptqc.passes.base import Pass, PassResult
 
-_BATCHES = (2, 3, 5)
 _LEAST_RANK = 3
 """Of a constant that is taken for a mask: biases of Linears have one axis."""
 
@@ -54,7 +54,7 @@ class FoldMasks(Pass):
         """
         dependent = _dependent_on_images(model.graph)
         candidates = [
-            (node, index, _summands(other, dependent))
+            (node, index, _summands(other))
             for node in model.graph
             if is_op(node, "Add")
             for index, other in ((0, node.inputs[1]), (1, node.inputs[0]))
@@ -91,11 +91,11 @@ def _adds_masks(node: ir.Node, other: ir.Value) -> bool:
     return not node.outputs[0].is_graph_output() and dims[0] is not None and dims[0] == dims[1]
 
 
-def _summands(value: ir.Value, dependent: set[ir.Value | None]) -> list[ir.Value]:
+def _summands(value: ir.Value) -> list[ir.Value]:
     add = producer(value, "Add")
     if add is None:
         return [value]
-    return [term for one in add.inputs if one is not None for term in _summands(one, dependent)]
+    return [term for one in add.inputs if one is not None for term in _summands(one)]
 
 
 def _rows(model: ir.Model, terms: Sequence[ir.Value]) -> dict[ir.Value, Array]:
@@ -104,8 +104,9 @@ def _rows(model: ir.Model, terms: Sequence[ir.Value]) -> dict[ir.Value, Array]:
     computed = {str(term.name): term for term in terms if term not in rows and dims_of(term) is not None}
     if computed:
         dims = dims_of(model.graph.inputs[0])
-        batches = (dims[0],) if dims and isinstance(dims[0], int) else _BATCHES
-        at = [_values_at(model, list(computed), batch) for batch in batches]
+        batches = (dims[0],) if dims and isinstance(dims[0], int) else BATCHES
+        part = _part_of(model, list(computed))
+        at = [_values_at(part, batch) for batch in batches]
         for name, term in computed.items():
             row = _row_of_all([each.get(name) for each in at], batches)
             if row is not None:
@@ -113,19 +114,18 @@ def _rows(model: ir.Model, terms: Sequence[ir.Value]) -> dict[ir.Value, Array]:
     return rows
 
 
-def _values_at(model: ir.Model, names: Sequence[str], batch: int) -> Mapping[str, Array]:
-    """Values that no image decides, at one number of images."""
+def _part_of(model: ir.Model, names: Sequence[str]) -> onnx.ModelProto:
+    """What of the model makes the named values, as its outputs."""
     part = ir.from_proto(ir.to_proto(model))
     made = {str(value.name): value for node in part.graph for value in node.outputs}
     part.graph.outputs[:] = [made[name] for name in names]
     remove_dead(part)
-    proto = ir.to_proto(part)
-    del proto.graph.value_info[:]  # shapes for any number of images
-    for output in proto.graph.output:
-        for dim in output.type.tensor_type.shape.dim:
-            dim.Clear()  # type: ignore[no-untyped-call]  # generated
-    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
-    folded = ir.from_proto(fold_constants(proto))
+    return ir.to_proto(part)
+
+
+def _values_at(part: onnx.ModelProto, batch: int) -> Mapping[str, Array]:
+    """The outputs that no image decides, at one number of images."""
+    folded = ir.from_proto(fold_at_batch(part, batch))
     values = {str(value.name): constant_of(value) for value in folded.graph.outputs}
     return {name: array for name, array in values.items() if array is not None}
 

@@ -15,14 +15,13 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mptqc.graph.constant_folding import fold_constants
+from mptqc.graph.constant_folding import BATCHES, fold_at_batch
 from mptqc.graph.edit import Builder, add_initializer, constant_of, is_op, producer, remove_dead
 from mptqc.graph.shapes import Dim
 from mptqc.passes.base import Pass, PassResult
 
 logger = logging.getLogger(__name__)
 
-_BATCHES = (2, 3, 5)
 # Larger initializers hold weights, on which no shape depends: the folding sees them as inputs.
 _SHAPE_BYTES = 1024
 
@@ -59,7 +58,7 @@ class FreezeShapes(Pass):
         if batch is None:
             return PassResult(model, 0)
         shown = _without_weights(model)
-        folded = [_fold(shown, size) for size in _BATCHES]
+        folded = [_fold(shown, size) for size in BATCHES]
         shapes = _merge(str(batch), folded)
         for value in (output for node in model.graph for output in node.outputs):
             if value.name in shapes:
@@ -84,7 +83,7 @@ def _open_batch(model: ir.Model) -> ir.SymbolicDim | None:
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The model as a message, large initializers turned into inputs and the shapes of the outputs left open."""
+    """The model as a message, large initializers turned into inputs."""
     graph = model.graph
     weights = [value for value in graph.initializers.values() if value.const_value and _is_weight(value.const_value)]
     tensors = [value.const_value for value in weights]
@@ -102,10 +101,6 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
                 graph.inputs.remove(value)
             value.const_value = tensor
             graph.register_initializer(value)
-    del proto.graph.value_info[:]
-    for output in proto.graph.output:
-        for dim in output.type.tensor_type.shape.dim:
-            dim.Clear()  # type: ignore[no-untyped-call]  # generated
     return proto
 
 
@@ -114,10 +109,7 @@ def _is_weight(tensor: ir.TensorProtocol) -> bool:
 
 
 def _fold(shown: onnx.ModelProto, batch: int) -> Folded:
-    proto = onnx.ModelProto()
-    proto.CopyFrom(shown)  # type: ignore[no-untyped-call]  # generated
-    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
-    proto = fold_constants(proto)
+    proto = fold_at_batch(shown, batch)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
@@ -146,7 +138,7 @@ def _merge(batch: str, folded: Sequence[Folded]) -> dict[str, tuple[Dim, ...]]:
 def _merge_dim(batch: str, sizes: Sequence[int]) -> Dim:
     if len(set(sizes)) == 1:
         return sizes[0]
-    factors = {size / number for size, number in zip(sizes, _BATCHES, strict=True)}
+    factors = {size / number for size, number in zip(sizes, BATCHES, strict=True)}
     factor = factors.pop()
     if factors or factor != int(factor):
         return None

@@ -16,7 +16,7 @@ class NormaliseSoftmax(Pass):
     """Softmax(x; axis=3), x of rank 4, → Softmax(x; axis=-1); other axes stay. One run is a fixpoint.
 
     p = Softmax(Add(scores, mask))
-    y = Where(IsNaN(p), 0, p)             →    y = p            if no row of mask is -inf all along
+    y = Where(IsNaN(p), 0, p)             →    y = p            mask constant, no row of it -inf all along
     """
 
     name: ClassVar[str] = "normalise-softmax"

@@ -33,7 +33,8 @@ bool is_sound(const mptqc_layer_norm& a) {
 }
 
 bool is_sound(const mptqc_linear& a) {
-  return is_sound(a.rotary, a) && is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms && is_table(a.table_size, a.rows) &&
+  return is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms &&
+         is_table(a.table_size, a.rows) && is_sound(a.rotary, a) &&
          a.activation >= MPTQC_NO_ACTIVATION && a.activation <= MPTQC_QUICK_GELU && is_sound(a.quantizer);
 }
 

@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 _STDERR = 2
 
+BATCHES = (2, 3, 5)
+"""Numbers of images at which it is seen how a value depends on the batch."""
+
 
 def fold_constants(proto: onnx.ModelProto, skipped_optimizers: Sequence[str] | None = None) -> onnx.ModelProto:
     """Return the model with constants folded and shapes inferred; the argument is not changed.
@@ -39,6 +42,18 @@ def fold_constants(proto: onnx.ModelProto, skipped_optimizers: Sequence[str] | N
         raise ModelError(f"the model is not valid ONNX: {error}; export it again") from error
     assert isinstance(folded, onnx.ModelProto)
     return folded
+
+
+def fold_at_batch(proto: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """`fold_constants` of a model whose first input has `batch` images, whatever its message says of other shapes."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(proto)  # type: ignore[no-untyped-call]  # generated
+    del fixed.graph.value_info[:]
+    for output in fixed.graph.output:
+        for dim in output.type.tensor_type.shape.dim:
+            dim.Clear()  # type: ignore[no-untyped-call]  # generated
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    return fold_constants(fixed)
 
 
 @contextlib.contextmanager

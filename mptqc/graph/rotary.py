@@ -37,11 +37,6 @@ class Rotary:
     sine: NDArray[np.float64]
 
 
-def swap_halves(x: NDArray[np.generic]) -> NDArray[np.generic]:
-    """The two halves of the last axis, changed over."""
-    return np.roll(x, x.shape[-1] // 2, axis=-1)
-
-
 def find_rotary(operand: ir.Value, layout: tuple[int, ...], shapes: Shapes) -> Rotary | None:
     """The rotation that makes an operand of scores, `layout` of [L, T, h, d]; None if it is made in another way."""
     sums = _sums_of(operand, shapes, {})
@@ -154,7 +149,9 @@ def _paired(linear: Linear, columns: NDArray[np.int64], coefficient: NDArray[np.
         order[head] = [channel for side in zip(*pairs, strict=True) for channel, _ in side]
         own[head] = [column for side in zip(*pairs, strict=True) for _, column in side]
     picked = np.take_along_axis(columns, order[None, None], -1), np.take_along_axis(coefficient, order[None, None], -1)
-    cosine, sine = (np.where(picked[0] == wanted, picked[1], 0.0).sum(axis=0) for wanted in (own, swap_halves(own)))
+    cosine, sine = (
+        np.where(picked[0] == wanted, picked[1], 0.0).sum(axis=0) for wanted in (own, np.roll(own, size // 2, axis=-1))
+    )
     return Rotary(linear, own, order, cosine, sine) if sine.any() else None
 
 
@@ -218,10 +215,8 @@ def match_rotated(output: ir.Value) -> RotatedHeads | None:
         return None
     if list(concat.inputs) != [split.outputs[1], split.outputs[0]] or len(split.outputs) != 2:
         return None
-    tables, sizes = (
-        [constant_of(cosine), constant_of(sine)],
-        constant_of(split.inputs[1]) if len(split.inputs) > 1 else None,
-    )
+    tables = [constant_of(cosine), constant_of(sine)]
+    sizes = constant_of(split.inputs[1]) if len(split.inputs) > 1 else None
     if any(table is None or table.ndim != 3 for table in tables) or set(x.consumers()) != {terms[0], split}:
         return None
     if sizes is None or sizes.size != 2 or sizes[0] != sizes[1]:
