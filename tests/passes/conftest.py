@@ -43,3 +43,17 @@ def run_model() -> RunModel:
 def as_text() -> Callable[[ir.Model], str]:
     """as_text(model): the model as ONNX text, without the spaces that the printer leaves at the ends of lines."""
     return lambda model: "\n".join(line.rstrip() for line in ir.to_onnx_text(model).splitlines()) + "\n"
+
+
+@pytest.fixture
+def run_batch(run_model: RunModel) -> Callable[..., Array]:
+    """run_batch(model, batch=3): the first output for so many images of seeded noise."""
+
+    def run(model: ir.Model, batch: int = 3) -> Array:
+        (image,) = model.graph.inputs
+        assert image.shape is not None
+        shape = (batch, *(int(size) for size in list(image.shape)[1:]))
+        x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        return run_model(model, {str(image.name): x})[0]
+
+    return run

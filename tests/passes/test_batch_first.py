@@ -11,7 +11,6 @@ from mptqc.graph.match import find_linears
 from mptqc.passes.base import STAGE_KEY, Stage
 from mptqc.passes.batch_first import BatchFirst
 from mptqc.passes.infer_shapes import InferShapes
-from mptqc.runtime.session import create_session
 
 T, C = 5, 4
 RANDOM = np.random.default_rng(0)
@@ -46,12 +45,6 @@ def make(smoothed) -> Callable[..., ir.Model]:
     return from_body
 
 
-def run(model: ir.Model, batch: int = 3) -> np.ndarray:
-    x = np.random.default_rng(1).normal(size=(batch, T, C)).astype(np.float32)
-    y: np.ndarray = create_session(ir.to_proto(model).SerializeToString(), threads=1).run(None, {"x": x})[0]
-    return y
-
-
 def transposes(model: ir.Model) -> int:
     return sum(node.op_type == "Transpose" for node in model.graph)
 
@@ -66,12 +59,12 @@ def transposes(model: ir.Model) -> int:
         (LINEAR + "u = Mul(l, table)\n" + BACK.format("u"), 0),  # Transpose of two axes is not turned, but goes
     ],
 )
-def test_rows_are_turned_and_values_stay(make, body: str, left: int) -> None:
+def test_rows_are_turned_and_values_stay(make, run_batch, body: str, left: int) -> None:
     model = make(body)
-    expected = [run(model, batch) for batch in (1, 3)]
+    expected = [run_batch(model, batch) for batch in (1, 3)]
     assert BatchFirst()(model).edits
     for batch, wanted in zip((1, 3), expected, strict=True):
-        np.testing.assert_allclose(run(model, batch), wanted, rtol=0, atol=2**-20)
+        np.testing.assert_allclose(run_batch(model, batch), wanted, rtol=0, atol=2**-20)
     for linear in find_linears(model):
         assert linear.output.shape is not None
         assert list(linear.output.shape)[1:] == [T, C]
@@ -80,20 +73,20 @@ def test_rows_are_turned_and_values_stay(make, body: str, left: int) -> None:
     assert BatchFirst()(model).edits == 0
 
 
-def test_an_output_of_the_model_keeps_its_order_and_name(make) -> None:
+def test_an_output_of_the_model_keeps_its_order_and_name(make, run_batch) -> None:
     model = make(LINEAR.replace("l = Add", "y = Add"), output=f"float[{T},b,{C}] y")
-    expected = run(model)
+    expected = run_batch(model)
     BatchFirst()(model)
     assert [value.name for value in model.graph.outputs] == ["y"]
-    np.testing.assert_allclose(run(model), expected, rtol=0, atol=2**-20)
+    np.testing.assert_allclose(run_batch(model), expected, rtol=0, atol=2**-20)
 
 
 @pytest.mark.parametrize("batch", ["1", "3"])
-def test_a_fixed_batch_is_a_batch(make, batch: str) -> None:
+def test_a_fixed_batch_is_a_batch(make, run_batch, batch: str) -> None:
     model = make(WHOLE, batch)
-    expected = run(model, int(batch))
+    expected = run_batch(model, int(batch))
     assert BatchFirst()(model).edits
-    np.testing.assert_allclose(run(model, int(batch)), expected, rtol=0, atol=2**-20)
+    np.testing.assert_allclose(run_batch(model, int(batch)), expected, rtol=0, atol=2**-20)
     assert transposes(model) == 0
 
 
@@ -120,13 +113,13 @@ def test_constants_are_turned_with_the_rows(make) -> None:
     assert (1, T, C) in shapes
 
 
-def test_two_outputs_that_are_the_same_stay_two(make) -> None:
+def test_two_outputs_that_are_the_same_stay_two(make, run_batch) -> None:
     body = LINEAR + "y = Transpose<perm=[1,0,2]>(l)\nz = Transpose<perm=[1,0,2]>(l)"
     model = make(body, output=f"float[b,{T},{C}] y, float[b,{T},{C}] z")
-    expected = run(model)
+    expected = run_batch(model)
     BatchFirst()(model)
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
-    np.testing.assert_allclose(run(model), expected, rtol=0, atol=2**-20)
+    np.testing.assert_allclose(run_batch(model), expected, rtol=0, atol=2**-20)
 
 
 def test_a_weight_for_each_token_is_no_linear(make) -> None:

@@ -14,7 +14,6 @@ from mptqc.passes.base import STAGE_KEY, Stage
 from mptqc.passes.canonicalise_rotary import CanonicaliseRotary
 from mptqc.passes.separate_projections import SeparateProjections
 from mptqc.passes.stamp_sites import StampSites
-from mptqc.runtime.session import create_session
 
 # Outputs of some 3 in size; the products' columns are the same sums, 1/sqrt(d) is rounded elsewhere.
 TOLERANCE = 1e-5
@@ -113,13 +112,6 @@ def canonical(model: ir.Model) -> ir.Model:
     return model
 
 
-def run(model: ir.Model) -> np.ndarray:
-    x = np.random.default_rng(1).normal(size=(L, T, C)).astype(np.float32)
-    proto = ir.to_proto(model).SerializeToString()
-    y: np.ndarray = create_session(proto, threads=1).run(None, {"x": x})[0]
-    return y
-
-
 def rotation_of(operand: ir.Value) -> RotatedHeads:
     transpose = producer(operand, "Transpose")
     assert transpose is not None and transpose.inputs[0] is not None
@@ -129,11 +121,11 @@ def rotation_of(operand: ir.Value) -> RotatedHeads:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_becomes_the_same(make, form: str) -> None:
+def test_every_form_becomes_the_same(make, run_batch, form: str) -> None:
     model = make(*FORMS[form])
-    expected = run(model)
+    expected = run_batch(model)
     canonical(model)
-    np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(run_batch(model), expected, atol=TOLERANCE, rtol=0)
     (attention,) = find_attentions(model)
     q, k = rotation_of(attention.q), rotation_of(attention.k)
     assert (q.cosine, q.sine) == (k.cosine, k.sine), "the factor of the scores is in the Linear, so that tables are one"
@@ -157,12 +149,12 @@ def test_a_second_run_finds_nothing(make) -> None:
     assert CanonicaliseRotary(concrete_shapes(model))(model).edits == 0
 
 
-def test_heads_may_be_rotated_each_in_its_own_way(make) -> None:
+def test_heads_may_be_rotated_each_in_its_own_way(make, run_batch) -> None:
     angles = np.random.default_rng(5).uniform(-3, 3, (H, T, D // 2))
     model = make(HALVES_APART, angles)
-    expected = run(model)
+    expected = run_batch(model)
     canonical(model)
-    np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(run_batch(model), expected, atol=TOLERANCE, rtol=0)
     (attention,) = find_attentions(model)
     assert rotation_of(attention.q).cosine.shape == (T, H, D)
 
@@ -182,29 +174,29 @@ def test_what_is_no_rotation_of_both_alike_is_left(make, form: str, k_form: str 
 
 
 @pytest.mark.parametrize("joined", ["{0}e, {0}e", "{0}f, {0}e"])
-def test_any_pairs_of_channels_keep_their_values(make, joined: str) -> None:
+def test_any_pairs_of_channels_keep_their_values(make, run_batch, joined: str) -> None:
     model = make(HALVES_APART.replace("{0}e, {0}f)", f"{joined})"), WHOLE, k_form=HALVES_APART)
-    expected = run(model)
+    expected = run_batch(model)
     canonical(model)
-    np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(run_batch(model), expected, atol=TOLERANCE, rtol=0)
     rotation_of(find_attentions(model)[0].q)
 
 
-def test_other_readers_of_q_and_k_keep_their_channels(make) -> None:
+def test_other_readers_of_q_and_k_keep_their_channels(make, run_batch) -> None:
     """Every other channel: q's and k's are put in another order, which only their product does not see."""
     attend = ATTEND.replace("y = MatMul(p, v)", "c = MatMul(p, v)\n  y = Add(c, qm)")
     model = make(BETWEEN_FORM, BETWEEN, attend)
-    expected = run(model)
+    expected = run_batch(model)
     canonical(model)
     rotation_of(find_attentions(model)[0].q)
-    np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(run_batch(model), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_heads_that_turn_in_opposite_senses_have_tables_of_one_shape(make) -> None:
+def test_heads_that_turn_in_opposite_senses_have_tables_of_one_shape(make, run_batch) -> None:
     angles = np.stack([WHOLE, -WHOLE, WHOLE])
     model = make(HALVES_APART, angles)
-    expected = run(model)
+    expected = run_batch(model)
     canonical(model)
     rotated = rotation_of(find_attentions(model)[0].q)
     assert [table.shape for table in map(constant_of, (rotated.cosine, rotated.sine))] == [(T, H, D)] * 2
-    np.testing.assert_allclose(run(model), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(run_batch(model), expected, atol=TOLERANCE, rtol=0)

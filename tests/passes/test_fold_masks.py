@@ -10,7 +10,6 @@ from mptqc.passes.base import STAGE_KEY, Stage
 from mptqc.passes.fold_masks import FoldMasks
 from mptqc.passes.freeze_shapes import FreezeShapes
 from mptqc.passes.infer_shapes import InferShapes
-from mptqc.runtime.session import create_session
 
 H, T, W = 2, 5, 3
 RANDOM = np.random.default_rng(0)
@@ -56,13 +55,6 @@ def fold(model: ir.Model) -> tuple[ir.Model, int]:
     return model, edits
 
 
-def run(model: ir.Model, batch: int) -> np.ndarray:
-    shape = [batch, *(int(size) for size in list(model.graph.inputs[0].shape or ())[1:])]
-    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    y: np.ndarray = create_session(ir.to_proto(model).SerializeToString(), threads=1).run(None, {"x": x})[0]
-    return y
-
-
 def ops(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
@@ -79,41 +71,41 @@ def ops(model: ir.Model) -> list[str]:
         ("a = Add(x, bias)\ny = Softmax(a)", ["Add", "Softmax"]),
     ],
 )
-def test_what_every_image_gets_is_added_once(make, body: str, left: list[str]) -> None:
+def test_what_every_image_gets_is_added_once(make, run_batch, body: str, left: list[str]) -> None:
     kept = (np.arange(T) < 3)[None, None, None]
     model = make(body, columns_kept=kept, bias1=ARRAYS["bias"][None])
-    expected = [run(model, batch) for batch in (1, 4)]
+    expected = [run_batch(model, batch) for batch in (1, 4)]
     model, _ = fold(model)
     assert ops(model) == left
     for batch, wanted in zip((1, 4), expected, strict=True):
-        assert np.array_equal(run(model, batch), wanted)
+        assert np.array_equal(run_batch(model, batch), wanted)
     assert FoldMasks()(model).edits == 0
 
 
-def test_a_mask_of_windows_is_added_to_each_image_s(make) -> None:
+def test_a_mask_of_windows_is_added_to_each_image_s(make, run_batch) -> None:
     heads = np.array([H, T, T], np.int64)
     model = make(WINDOWS + "a = Add(s, m)\ny = Softmax(a)", count=np.array([W], np.int64), heads=heads)
-    expected = [run(model, batch) for batch in (1, 2)]
+    expected = [run_batch(model, batch) for batch in (1, 2)]
     model, edits = fold(model)
     assert edits == 1
     assert [op for op in ops(model) if op != "Reshape"] == ["Add", "Softmax"]
     assert any(np.array_equal(value.const_value.numpy(), MASK[None]) for value in model.graph.initializers.values())
     for batch, wanted in zip((1, 2), expected, strict=True):
-        assert np.array_equal(run(model, batch), wanted)
+        assert np.array_equal(run_batch(model, batch), wanted)
 
 
-def test_a_fixed_batch_needs_no_other(make) -> None:
+def test_a_fixed_batch_needs_no_other(make, run_batch) -> None:
     model = make(EXPANDED + "a = Add(x, m)\ny = Softmax(a)", batch="4")
-    expected = run(model, 4)
+    expected = run_batch(model, 4)
     model, _ = fold(model)
     assert ops(model) == ["Softmax"]
-    assert np.array_equal(run(model, 4), expected)
+    assert np.array_equal(run_batch(model, 4), expected)
 
 
-def test_what_differs_from_image_to_image_stays(make) -> None:
+def test_what_differs_from_image_to_image_stays(make, run_batch) -> None:
     axes, one = np.array([1, 2, 3], np.int64), np.array(1, np.int64)
     model = make(PER_IMAGE + "a = Add(x, m)\ny = Softmax(a)", axes=axes, one=one)
-    expected = run(model, 3)
+    expected = run_batch(model, 3)
     model, edits = fold(model)
     assert edits == 0
-    assert np.array_equal(run(model, 3), expected)
+    assert np.array_equal(run_batch(model, 3), expected)

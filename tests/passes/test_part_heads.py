@@ -12,7 +12,6 @@ from mptqc.passes.base import STAGE_KEY, Stage
 from mptqc.passes.join_heads import JoinHeads
 from mptqc.passes.part_heads import PartHeads
 from mptqc.passes.separate_projections import SeparateProjections, find_projections
-from mptqc.runtime.session import create_session
 
 T, C, H = 5, 6, 2
 D = C // H
@@ -56,26 +55,20 @@ def make(smoothed) -> Callable[..., ir.Model]:
     return from_body
 
 
-def run(model: ir.Model, batch: int) -> np.ndarray:
-    x = np.random.default_rng(1).normal(size=(batch, T, C)).astype(np.float32)
-    y: np.ndarray = create_session(ir.to_proto(model).SerializeToString(), threads=1).run(None, {"x": x})[0]
-    return y
-
-
 def part(model: ir.Model) -> int:
     return PartHeads(concrete_shapes(model), concrete_shapes(model, batch=2))(model).edits
 
 
 @pytest.mark.parametrize("join", [JOIN, LONG_JOIN])
-def test_attentions_of_three_axes_get_four(make, join: str) -> None:
+def test_attentions_of_three_axes_get_four(make, run_batch, join: str) -> None:
     model = make(OPERANDS + ATTEND + join + LINEAR)
-    expected = [run(model, batch) for batch in (1, 3)]
+    expected = [run_batch(model, batch) for batch in (1, 3)]
     assert part(model) == 1
     assert len(find_projections(model, concrete_shapes(model))) == 3
     SeparateProjections(concrete_shapes(model))(model)
     JoinHeads(concrete_shapes(model, batch=2))(model)
     for batch, wanted in zip((1, 3), expected, strict=True):
-        np.testing.assert_allclose(run(model, batch), wanted, rtol=0, atol=2**-18)
+        np.testing.assert_allclose(run_batch(model, batch), wanted, rtol=0, atol=2**-18)
     (attention,) = find_attentions(model)
     shapes = concrete_shapes(model, batch=2)
     assert shapes[str(attention.scores.outputs[0].name)] == (2, H, T, T)
@@ -88,12 +81,12 @@ def test_attentions_of_three_axes_get_four(make, join: str) -> None:
     assert JoinHeads(concrete_shapes(model, batch=2))(model).edits == 0
 
 
-def test_a_fixed_batch_tells_the_heads_too(make) -> None:
+def test_a_fixed_batch_tells_the_heads_too(make, run_batch) -> None:
     model = make(OPERANDS + ATTEND + JOIN + LINEAR, "2")
-    expected = run(model, 2)
+    expected = run_batch(model, 2)
     shapes = concrete_shapes(model)
     assert PartHeads(shapes, shapes)(model).edits == 1
-    np.testing.assert_allclose(run(model, 2), expected, rtol=0, atol=2**-18)
+    np.testing.assert_allclose(run_batch(model, 2), expected, rtol=0, atol=2**-18)
     assert concrete_shapes(model)[str(find_attentions(model)[0].q.name)] == (2, H, T, D)
 
 
@@ -109,12 +102,12 @@ def test_what_differs_from_head_to_head_is_left(make) -> None:
     assert PartHeads(shapes, shapes)(model).edits == 0
 
 
-def test_a_context_that_is_the_output_keeps_its_name_and_shape(make) -> None:
+def test_a_context_that_is_the_output_keeps_its_name_and_shape(make, run_batch) -> None:
     model = make(OPERANDS + ATTEND.replace("c0 = ", "y = "), output=f"float[m,{T},{D}] y")
-    expected = run(model, 3)
+    expected = run_batch(model, 3)
     assert part(model) == 1
     assert [value.name for value in model.graph.outputs] == ["y"]
-    np.testing.assert_allclose(run(model, 3), expected, rtol=0, atol=2**-18)
+    np.testing.assert_allclose(run_batch(model, 3), expected, rtol=0, atol=2**-18)
 
 
 def test_images_that_are_mixed_are_not_joined_straight(make) -> None:
