@@ -37,6 +37,7 @@ CUDA_SOURCES = [
     HERE / "kernels/cpu/arguments.cpp",
 ]
 CUDA_ARCHITECTURES = "80,86,89,90,100,120"
+HOPPER = "90a"  # with products of four warps, which no other architecture has
 CUDA_OPTIONS = [
     "-std=c++17",
     "-O3",
@@ -79,7 +80,8 @@ class BuildKernels(build_ext):
         if nvcc is None:
             raise SystemExit("MPTQC_CUDA=1, but there is no nvcc: install CUDA 13, or let NVCC name its compiler.")
         names = os.environ.get("MPTQC_CUDA_ARCHITECTURES", CUDA_ARCHITECTURES).split(",")
-        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+        own = [HOPPER if name == "90" else name for name in names]
+        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in own]
         codes.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")  # newer ones compile it at start
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pytest
 from kernel_records import Addend, Attention, LayerNorm, Linear, Patches, c_quantizer
 
 from mptqc.reference.custom_ops import ACTIVATIONS, AttentionScales, block_weight
@@ -19,7 +20,9 @@ HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 GUARD_BYTES, GUARD = 256, 0xA5
 OK, INVALID_ARGUMENT = 0, 1
 FLOAT_TYPES = {"float32": 0, "float16": 1}
-TILES = {"auto": 0, "64x64": 1, "128x128": 2}
+TILES = {"auto": 0, "64x64": 1, "128x128": 2, "32x128": 3, "64x128": 4, "288x128": 5}
+WHOLE_CHUNKS = ("32x128", "64x128", "288x128")
+"""Tiles whose inputs lie on 16 bytes, in every row."""
 
 
 KERNELS = tuple(source for source in sorted((ROOT / "kernels/cuda").glob("*.cu")) if source.name != "device.cu")
@@ -140,6 +143,8 @@ class CudaKernels:
         shape = (*a.shape[:-1], outputs) if residual is None else residual.shape
         float_type = np.dtype(np.float32) if residual is None else residual.dtype
         output = Output(memory, shape, float_type if quantizer is None else np.uint8, self.shift)
+        if tile in WHOLE_CHUNKS and (inputs % 16 or inputs == 0 or self.shift % 16):
+            pytest.skip("this tile takes whole chunks")
         arguments = Linear(
             int(np.prod(a.shape[:-1])), inputs, outputs, self.put(memory, a), *aligned,
             ACTIVATIONS.index(activation),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check and measure mptqc on a GPU, in one command; write docs/gpu/<gpu>-<date>.json and a Markdown table beside it.
 
-    python tools/gpu_check.py [--stages build,kernels,products,e2e,bench] [--minutes 9] [--models …] [--batches …]
+    python tools/gpu_check.py [--stages build,kernels,products,chain,e2e,bench] [--minutes 9] [--models …] [--batches …]
 
 Needs CUDA 13 with nvcc, onnxruntime-gpu and what mptqc needs; torch and timm for two of the models and the reference.
 Each stage stands by itself: one that fails, or lacks something, says so and the next one goes on. Figures are written
@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 from gpu.packing import PackError, download_wheels, install, pack, unpack
 from gpu.targets import targets
 
-STAGE_NAMES = ("build", "kernels", "products", "e2e", "bench")
+STAGE_NAMES = ("build", "kernels", "products", "chain", "e2e", "bench")
 MODELS, BATCHES = "vit-s,vit-b,deit-b,swin-t", "1,8,64,256"
 SITE = Path(tempfile.gettempdir()) / "mptqc-gpu-site"
 RESULTS = Path("docs/gpu")
@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing new is begun")
     parser.add_argument("--models", default=None, help=f"(default: {MODELS})")
     parser.add_argument("--batches", default=None, help=f"(default: {BATCHES})")
+    parser.add_argument("--forms", default=None, help="what is timed, in this order; semicolons between (default: all)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure of the benchmark")
     parser.add_argument("--work", type=Path, default=Path("gpu-check"), help="folder of the models")
     parser.add_argument(
@@ -108,17 +109,21 @@ def check(arguments: argparse.Namespace) -> None:
     sys.path[:0] = [str(root), str(root / "tests")]  # mptqc from the source tree, and the kernels' callers
     preload_torch()
     try:
-        from gpu.stages import STAGES, Missing, Settings
+        from gpu.stages import STAGES, TIMED_FORMS, Missing, Settings
     except ImportError as error:
         sys.exit(
             f"gpu_check: {error}. Install mptqc's requirements here (pip install -e .), or bring them with --pack."
         )
+    forms = tuple(arguments.forms.split("; ")) if arguments.forms else TIMED_FORMS
+    if unknown := [form for form in forms if form not in TIMED_FORMS]:
+        sys.exit(f"gpu_check: no form is called {unknown[0]}; there are {'; '.join(TIMED_FORMS)}")
     settings = Settings(
         folder=arguments.work,
         models=tuple((arguments.models or ("tiny" if arguments.rehearse else MODELS)).split(",")),
         batches=tuple(
             int(size) for size in (arguments.batches or ("1,2" if arguments.rehearse else BATCHES)).split(",")
         ),
+        forms=forms,
         seconds=arguments.seconds,
         deadline=time.monotonic() + 60 * arguments.minutes,
         rehearse=arguments.rehearse,

@@ -7,23 +7,23 @@ namespace mptqc {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kWarpRows = 16, kBlockRows = kWarps * kWarpRows;
-constexpr int64_t kMostColumns = 256;  // of keys and values in shared memory
+constexpr int64_t kMostColumns = 9 * kSpan;  // of keys and values in shared memory
 constexpr int64_t kMostWidth = 512;    // of a head: 32 columns of it must fit
-constexpr int64_t kSharedBytes = 96 * 1024;
+constexpr int kSharedBytes = 96 * 1024;
 constexpr float kLowest = -3.40282347e38f, kInverseLn2 = 1.44269504f;
 
 // Where the parts of a block's shared memory begin, in bytes.
 struct AttentionLayout {
-  int64_t depth;    // width of a head, whole steps
-  int64_t stride;   // of a row of queries or keys: one chunk more, so that 8 rows of a matrix hit all banks once
-  int64_t columns;  // of a part
-  int64_t keys, values, key_offset, row_offset, bytes;
+  int depth;    // width of a head, whole steps
+  int stride;   // of a row of queries or keys: one chunk more, so that 8 rows of a matrix hit all banks once
+  int columns;  // of a part
+  int keys, values, key_offset, row_offset, bytes;
 
-  AttentionLayout(const mptqc_attention& a, int64_t context_columns)
-      : depth(round_up(a.width, kStep)), stride(depth + kChunk) {
-    const int64_t column_bytes = stride + context_columns + 4;
-    const int64_t fit = (kSharedBytes - kBlockRows * (stride + 4)) / column_bytes / kSpan * kSpan;
-    columns = least(least(fit, kMostColumns), round_up(a.columns, kSpan));
+  AttentionLayout(const mptqc_attention& a, int context_columns)
+      : depth(static_cast<int>(round_up(a.width, kStep))), stride(depth + kChunk) {
+    const int column_bytes = stride + context_columns + 4;
+    const int fit = (kSharedBytes - kBlockRows * (stride + 4)) / column_bytes / kSpan * kSpan;
+    columns = static_cast<int>(least(least(fit, kMostColumns), round_up(a.columns, kSpan)));
     keys = kBlockRows * stride;
     values = keys + columns * stride;
     key_offset = values + columns * context_columns;
@@ -36,8 +36,9 @@ struct AttentionParameters {
   mptqc_attention a;
   AttentionLayout layout;
   QuantizerConstants probability;
-  DeviceOutput output;
+  Output output;
   int query_unit, key_unit;  // of copy_codes
+  int64_t block_rows;
 };
 
 }  // namespace

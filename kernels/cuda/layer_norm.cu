@@ -25,15 +25,27 @@ MPTQC_DEVICE int64_t source_row(const mptqc_layer_norm& a, int64_t row) {
   return row - row % a.table_size + a.table[row % a.table_size];
 }
 
-MPTQC_DEVICE uint8_t normalized(const LayerNormParameters& p, float centred, float factor, int64_t channel) {
-  const float y = fmaf(centred * factor, p.a.gamma[channel], p.a.beta[channel]);
-  return code_of(p.quantizer, steps_near<Lane>(p.quantizer, y));
+// The codes of kCount channels from `channel` on.
+template <int kCount>
+MPTQC_DEVICE CodesOf<kCount> normalized(
+    const LayerNormParameters& p, const float (&centred)[kCount], float factor, int64_t channel) {
+  struct alignas(4 * kCount) Channels {
+    float value[kCount];
+  };
+  const auto gamma = *reinterpret_cast<const Channels*>(p.a.gamma + channel);
+  const auto beta = *reinterpret_cast<const Channels*>(p.a.beta + channel);
+  float y[kCount];
+  MPTQC_UNROLL
+  for (int i = 0; i < kCount; ++i) y[i] = fmaf(centred[i] * factor, gamma.value[i], beta.value[i]);
+  return codes_of(p.quantizer, y, Steps::kNear);
 }
 
 // Rows of at most 128 * kParts channels of type T, a multiple of 4, each beginning on as many bytes as 4 channels take.
 template <class T, int kParts>
 MPTQC_KERNEL(kWarps* kWarp, 4)
 layer_norm_in_registers(const LayerNormParameters p) {
+  wait_for_inputs();
+  let_next_begin();
   const int64_t row = block_index() * kWarps + thread_index() / kWarp;
   const int lane = thread_index() % kWarp;
   if (row >= p.a.rows) return;
@@ -63,16 +75,15 @@ layer_norm_in_registers(const LayerNormParameters p) {
   for (int i = 0; i < kParts; ++i) {
     const int64_t channel = kVector * (kWarp * i + lane);
     if (channel >= p.a.width) continue;
-    Codes4 codes;
-    MPTQC_UNROLL
-    for (int j = 0; j < kVector; ++j) codes.code[j] = normalized(p, x[i].value[j], factor, channel + j);
-    *reinterpret_cast<Codes4*>(to + channel) = codes;
+    *reinterpret_cast<Codes4*>(to + channel) = {normalized(p, x[i].value, factor, channel)};
   }
 }
 
 template <class T>
 MPTQC_KERNEL(kWarps* kWarp, 4)
 layer_norm_of_any_width(const LayerNormParameters p) {
+  wait_for_inputs();
+  let_next_begin();
   const int64_t row = block_index() * kWarps + thread_index() / kWarp;
   const int lane = thread_index() % kWarp;
   if (row >= p.a.rows) return;
@@ -87,7 +98,8 @@ layer_norm_of_any_width(const LayerNormParameters p) {
   }
   const float factor = 1.0f / sqrtf(sum_of_warp(squares) / width + p.a.epsilon);
   for (int64_t channel = lane; channel < p.a.width; channel += kWarp) {
-    p.a.output[row * p.a.width + channel] = normalized(p, load_float(from + channel) - mean, factor, channel);
+    const float centred[] = {load_float(from + channel) - mean};
+    p.a.output[row * p.a.width + channel] = normalized(p, centred, factor, channel).code[0];
   }
 }
 
@@ -95,10 +107,11 @@ template <class T>
 mptqc_status start(const mptqc_layer_norm& a, void* stream) {
   const LayerNormParameters parameters = {a, QuantizerConstants(a.quantizer)};
   const auto run = [&](void (*kernel)(LayerNormParameters)) {
-    return launch(kernel, ceil_divide(a.rows, kWarps), kWarps * kWarp, 0, stream, parameters);
+    return launch({ceil_divide(a.rows, kWarps), kWarps * kWarp, 0, stream}, kernel, parameters);
   };
   const bool vectors = a.width % kVector == 0 && is_multiple(a.input, kVector * sizeof(T)) &&
-                       is_multiple(a.output, sizeof(Codes4));
+                       is_multiple(a.output, sizeof(Codes4)) && is_multiple(a.gamma, sizeof(Floats4)) &&
+                       is_multiple(a.beta, sizeof(Floats4));
   const int64_t parts = ceil_divide(a.width, kVector * kWarp);
   if (!vectors || parts > 16) return run(layer_norm_of_any_width<T>);
   if (parts <= 3) return run(layer_norm_in_registers<T, 3>);

@@ -1,13 +1,41 @@
 // A stage of a Linear in shared memory: where inputs and weight lie, and how they are copied there.
 #pragma once
 
-#include "tiles.h"
+#include "linear_output.h"
 
 namespace mptqc {
 namespace {
 
 constexpr int kDepth = 64;               // inputs of a stage
 constexpr int kLeftChunks = kDepth / kChunk;
+
+// Copies the first stages, a group each. The weight, which is constant, need not wait.
+template <class T, class C>
+MPTQC_DEVICE void load_first(const C& copier, int depths, uint8_t* stages) {
+  MPTQC_UNROLL
+  for (int stage = 0; stage < T::kStages - 1; ++stage) {
+    if (stage < depths) copier.load_weight(kDepth * stage, stages + stage * T::kStageBytes);
+  }
+  wait_for_inputs();
+  let_next_begin();
+  MPTQC_UNROLL
+  for (int stage = 0; stage < T::kStages - 1; ++stage) {
+    if (stage < depths) copier.load_inputs(kDepth * stage, stages + stage * T::kStageBytes);
+    commit_copies();
+  }
+}
+
+// Copies the stage that comes kStages - 1 after `depth`, if there is one, in place of the one before it; a group either way.
+template <class T, class C>
+MPTQC_DEVICE void load_next(const C& copier, int depth, int depths, uint8_t* stages) {
+  const int next = depth + T::kStages - 1;
+  if (next < depths) {
+    uint8_t* const stage = stages + next % T::kStages * T::kStageBytes;
+    copier.load_weight(kDepth * next, stage);
+    copier.load_inputs(kDepth * next, stage);
+  }
+  commit_copies();
+}
 
 template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kStages_, int kBlocks_>
 struct LinearTile {
@@ -19,7 +47,6 @@ struct LinearTile {
   static constexpr int kThreads = kRows / kWarpRows * kWarpsAcross * kWarp;
   static constexpr int kLeftBytes = kRows * kDepth, kStageBytes = kLeftBytes + kColumns * kDepth;
   static constexpr int kWarpSumBytes = kWarpRows * kWarpColumns * 4;
-  static_assert(kThreads / kWarp * kWarpSumBytes <= kStages * kStageBytes, "sums take the place of the stages");
   static constexpr int kRowTiles = kWarpRows / 8, kSpans = kWarpColumns / kSpan;
 };
 using LargeTile = LinearTile<128, 128, 64, 64, 4, 2>;
@@ -76,8 +103,8 @@ struct Copier {
     return end <= first ? 0 : static_cast<int>(found < most ? found : most);
   }
 
-  // Copies inputs `depth` .. + 63 of the block's rows and columns.
-  MPTQC_DEVICE void load(int depth, uint8_t* stage) const {
+  // Copies inputs `depth` .. + 63 of the block's rows.
+  MPTQC_DEVICE void load_inputs(int depth, uint8_t* stage) const {
     MPTQC_UNROLL
     for (int i = 0; i < kRowCopies; ++i) {
       constexpr int bytes_apart = kRowsApart * kLeftChunks * kChunk;
@@ -85,6 +112,10 @@ struct Copier {
       const uint8_t* from = valid ? row + i * (kRowsApart * inputs) : row;
       copy_codes(stage + left + i * bytes_apart, from, depth + column, inputs, valid, kUnit);
     }
+  }
+
+  // The weight of as many inputs.
+  MPTQC_DEVICE void load_weight(int depth, uint8_t* stage) const {
     const bool inside = depth / 4 + group < groups;
     const int8_t* from = inside ? chunk + depth / 4 * kBlockBytes : chunk;
     MPTQC_UNROLL

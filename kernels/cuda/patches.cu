@@ -16,6 +16,8 @@ struct PatchesParameters {
 template <int kCodes>
 MPTQC_KERNEL(kThreads, 4)
 patches(const PatchesParameters p) {
+  wait_for_inputs();
+  let_next_begin();
   const int64_t down = p.a.height / p.a.patch_height, across = p.a.width / p.a.patch_width;
   const int64_t runs = p.a.patch_width / kCodes, index = block_index() * kThreads + thread_index();
   if (index >= p.a.batch * p.a.channels * p.a.height * across * runs) return;
@@ -34,12 +36,10 @@ patches(const PatchesParameters p) {
   uint8_t* to = p.a.output + index * kCodes;
   if constexpr (kCodes == 4) {
     const Floats4 x = *reinterpret_cast<const Floats4*>(from);
-    Codes4 codes;
-    MPTQC_UNROLL
-    for (int k = 0; k < 4; ++k) codes.code[k] = code_of(p.quantizer, steps_of<Lane>(p.quantizer, x.value[k]));
-    *reinterpret_cast<Codes4*>(to) = codes;
+    *reinterpret_cast<Codes4*>(to) = {codes_of(p.quantizer, x.value, Steps::kExact)};
   } else {
-    *to = code_of(p.quantizer, steps_of<Lane>(p.quantizer, *from));
+    const float x[] = {*from};
+    *to = codes_of(p.quantizer, x, Steps::kExact).code[0];
   }
 }
 
@@ -57,7 +57,7 @@ mptqc_status mptqc_cuda_patches(const mptqc_patches* arguments, void* stream) {
                        reinterpret_cast<uintptr_t>(a.input) % sizeof(Floats4) == 0 &&
                        reinterpret_cast<uintptr_t>(a.output) % sizeof(Codes4) == 0;
   const auto start = [&](void (*kernel)(PatchesParameters), int each) {
-    return launch(kernel, ceil_divide(codes / each, kThreads), kThreads, 0, stream, parameters);
+    return launch({ceil_divide(codes / each, kThreads), kThreads, 0, stream}, kernel, parameters);
   };
   return vectors ? start(patches<4>, 4) : start(patches<1>, 1);
 }

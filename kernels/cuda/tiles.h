@@ -18,12 +18,11 @@ constexpr int kSpan = 32;           // columns of the four products that share c
 constexpr int kSpanProducts = 4;    // products, of 8 columns each
 constexpr int kLaneColumns = 8;     // columns of a span that one lane ends up with
 
-struct alignas(4) Codes4 {
-  uint8_t code[4];
+template <int kCount>
+struct CodesOf {
+  uint8_t code[kCount];
 };
-struct alignas(8) Codes8 {
-  uint8_t code[8];
-};
+struct alignas(4) Codes4 : CodesOf<4> {};
 struct alignas(8) Words2 {
   uint32_t word[2];
 };
@@ -92,15 +91,6 @@ MPTQC_DEVICE void copy_codes(uint8_t* to, const uint8_t* row, int64_t column, in
   *reinterpret_cast<Words4*>(to) = chunk;
 }
 
-namespace {
-
-// What a kernel writes: codes, or floats of either type.
-struct DeviceOutput : Output {
-  mptqc_cuda_float type;
-};
-
-}  // namespace
-
 MPTQC_DEVICE Floats4 load_floats(const Floats4* from) { return *from; }
 MPTQC_DEVICE Floats4 load_floats(const Halves4* from) {
   const Halves4 half = *from;
@@ -126,58 +116,81 @@ struct FloatsOf<Half> {
   using Four = Halves4;
 };
 
-// Adds the first `count` <= 8 floats to y.
-template <class T>
-MPTQC_DEVICE void add_eight(float (&y)[kLaneColumns], const T* from, int64_t count) {
+// Adds the first `count` floats to y; if they are `whole`, all of them, which lie as vectors do.
+template <class T, int kCount>
+MPTQC_DEVICE void add_floats(float (&y)[kCount], const T* from, int64_t count, bool whole) {
   using Four = typename FloatsOf<T>::Four;
-  if (count >= kLaneColumns && is_aligned(from, sizeof(Four))) {
+  if (whole) {
     MPTQC_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const Floats4 added = load_floats(reinterpret_cast<const Four*>(from) + half);
+    for (int four = 0; four < kCount / 4; ++four) {
+      const Floats4 added = load_floats(reinterpret_cast<const Four*>(from) + four);
       MPTQC_UNROLL
-      for (int i = 0; i < 4; ++i) y[4 * half + i] += added.value[i];
+      for (int i = 0; i < 4; ++i) y[4 * four + i] += added.value[i];
     }
     return;
   }
   MPTQC_UNROLL
-  for (int i = 0; i < kLaneColumns; ++i)
+  for (int i = 0; i < kCount; ++i)
     if (i < count) y[i] += load_float(from + i);
 }
 
-template <class T>
-MPTQC_DEVICE void write_floats(T* to, const float (&y)[kLaneColumns], int64_t count) {
+template <class T, int kCount>
+MPTQC_DEVICE void write_floats(T* to, const float (&y)[kCount], int64_t count, bool whole) {
   using Four = typename FloatsOf<T>::Four;
-  if (count >= kLaneColumns && is_aligned(to, sizeof(Four))) {
-    store_floats(reinterpret_cast<Four*>(to), y);
-    store_floats(reinterpret_cast<Four*>(to) + 1, y + 4);
+  if (whole) {
+    MPTQC_UNROLL
+    for (int four = 0; four < kCount / 4; ++four) store_floats(reinterpret_cast<Four*>(to) + four, y + 4 * four);
     return;
   }
   MPTQC_UNROLL
-  for (int i = 0; i < kLaneColumns; ++i)
+  for (int i = 0; i < kCount; ++i)
     if (i < count) store_float(to + i, y[i]);
 }
 
-// Writes the first `count` <= 8 of y, from element `index` of the output on; `exact` tells steps_of from steps_near.
-MPTQC_DEVICE void write_eight(
-    const DeviceOutput& output, int64_t index, const float (&y)[kLaneColumns], int64_t count, bool exact) {
-  if (!output.quantized) {
-    if (output.type == MPTQC_FLOAT16) return write_floats(static_cast<Half*>(output.data) + index, y, count);
-    return write_floats(static_cast<float*>(output.data) + index, y, count);
-  }
-  uint8_t* to = static_cast<uint8_t*>(output.data) + index;
-  Codes8 codes;
+// What a quantizer is given: values, to be divided as a division is or nearly so, or quotients.
+enum class Steps { kExact, kNear, kOfQuotient };
+
+// The codes of y.
+template <int kCount>
+MPTQC_DEVICE CodesOf<kCount> codes_of(const QuantizerConstants& q, const float (&y)[kCount], Steps how) {
+  using Values = Lanes<kCount>;
+  typename Values::F x;
   MPTQC_UNROLL
-  for (int i = 0; i < kLaneColumns; ++i) {
-    const auto& q = output.quantizer;
-    codes.code[i] = code_of(q, exact ? steps_of<Lane>(q, y[i]) : steps_near<Lane>(q, y[i]));
-  }
-  if (count >= kLaneColumns && is_aligned(to, 8)) {
-    *reinterpret_cast<Codes8*>(to) = codes;
+  for (int i = 0; i < kCount; ++i) x.value[i] = y[i];
+  const auto steps = how == Steps::kExact      ? steps_of<Values>(q, x)
+                     : how == Steps::kNear ? steps_near<Values>(q, x)
+                                           : steps_of_quotient<Values>(q, x);
+  CodesOf<kCount> codes;
+  MPTQC_UNROLL
+  for (int i = 0; i < kCount; ++i) codes.code[i] = code_of(q, steps.value[i]);
+  return codes;
+}
+
+template <int kCount>
+MPTQC_DEVICE void write_codes(uint8_t* to, const uint8_t* codes, int64_t count, bool whole) {
+  struct alignas(kCount) Codes {
+    uint8_t code[kCount];
+  } own;
+  MPTQC_UNROLL
+  for (int i = 0; i < kCount; ++i) own.code[i] = codes[i];
+  if (whole) {
+    *reinterpret_cast<Codes*>(to) = own;
     return;
   }
   MPTQC_UNROLL
-  for (int i = 0; i < kLaneColumns; ++i)
-    if (i < count) to[i] = codes.code[i];
+  for (int i = 0; i < kCount; ++i)
+    if (i < count) to[i] = own.code[i];
+}
+
+// Writes the first `count` <= kCount of y, codes or floats of 4 bytes, from element `index` of the output on.
+template <int kCount>
+MPTQC_DEVICE void write_outputs(const Output& output, int64_t index, const float (&y)[kCount], int64_t count) {
+  if (output.quantized) {
+    uint8_t* const to = static_cast<uint8_t*>(output.data) + index;
+    return write_codes<kCount>(to, codes_of(output.quantizer, y, Steps::kExact).code, count, count >= kCount && is_aligned(to, kCount));
+  }
+  float* const to = static_cast<float*>(output.data) + index;
+  write_floats(to, y, count, count >= kCount && is_aligned(to, sizeof(Floats4)));
 }
 
 }  // namespace mptqc

@@ -14,8 +14,16 @@
 extern "C" {
 #endif
 
-/* Outputs that one block of threads makes; AUTO takes LARGE where there is enough of them to fill the device. */
-typedef enum { MPTQC_TILE_AUTO = 0, MPTQC_TILE_64X64 = 1, MPTQC_TILE_128X128 = 2 } mptqc_cuda_tile;
+/* Rows by outputs that one block of threads makes; AUTO takes the largest of which there are enough to fill the device. The last
+ * three are on Hopper's products of four warps: only such devices have them, for inputs that lie on 16 bytes. */
+typedef enum {
+  MPTQC_TILE_AUTO = 0,
+  MPTQC_TILE_64X64 = 1,
+  MPTQC_TILE_128X128 = 2,
+  MPTQC_TILE_32X128 = 3,
+  MPTQC_TILE_64X128 = 4,
+  MPTQC_TILE_288X128 = 5
+} mptqc_cuda_tile;
 
 /* The type of the floats between operators. With FLOAT16, input of a layer norm, and residual and float output of a Linear,
  * point to IEEE binary16; a kernel widens what it reads, computes as ever, and rounds what it writes to the nearest. */

@@ -73,13 +73,15 @@ def assert_codes_of(actual: np.ndarray, quantizer: ops.CodeQuantizer, y: np.ndar
     assert low.size < 1000 or (low == high).mean() > 0.99  # the bounds are no free pass
 
 
+LINEAR_TILES = [name for name in TILES if name != "auto"]
 LINEAR_SHAPES = [
     (0, 8, 8), (1, 1, 1), (5, 3, 0), (2, 0, 5), (1, 4, 16), (7, 5, 17), (13, 66, 65), (33, 111, 130),
-    (70, 64, 100), (65, 160, 33), (129, 332, 48), (130, 320, 150),
+    (70, 64, 100), (65, 160, 33), (129, 332, 48), (130, 320, 150), (70, 2320, 132),
+    (600, 144, 300),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tile", ["64x64", "128x128"])
+@pytest.mark.parametrize("tile", LINEAR_TILES)
 @pytest.mark.parametrize("quantizer", [None, TWO_REGIONS, FOUR_REGIONS])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), LINEAR_SHAPES)
 def test_linear_equals_the_reference_bit_for_bit(kernels, tile, quantizer, rows, inputs, outputs):
@@ -109,7 +111,7 @@ def test_linear_takes_arrays_at_any_address(kernels, shift, quantizer):
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("tile", ["64x64", "128x128"])
+@pytest.mark.parametrize("tile", LINEAR_TILES)
 def test_a_residual_of_float16_makes_an_output_of_float16(kernels, shift, tile):
     generator = np.random.default_rng(shift)
     a, weight = codes(generator, 67, 48), codes(generator, 48, 140).view(np.int8)
@@ -154,7 +156,7 @@ def test_linear_adds_the_residual_at_the_row_it_writes(kernels, outputs):
     assert np.array_equal(actual, ops.linear(a, weight, scale, bias, **arguments))
 
 
-@pytest.mark.parametrize("tile", ["64x64", "128x128"])
+@pytest.mark.parametrize("tile", LINEAR_TILES)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_linear_multiplies_its_outputs_before_it_quantizes_them(kernels, quantizer, tile):
     generator = np.random.default_rng(4)
@@ -174,7 +176,7 @@ def test_linear_multiplies_what_gelu_makes(kernels):
 
 
 @pytest.mark.parametrize("extreme", [0, 255])
-@pytest.mark.parametrize("tile", ["64x64", "128x128"])
+@pytest.mark.parametrize("tile", LINEAR_TILES)
 def test_linear_sums_extreme_codes_exactly(kernels, tile, extreme):
     a, weight = np.full((7, 304), extreme, np.uint8), np.tile(np.array([-128, 127], np.int8), (304, 10))
     ones, zeros = np.ones(20, np.float32), np.zeros(20, np.float32)
@@ -395,11 +397,11 @@ void kernel() {
 }
 }
 extern "C" __attribute__((visibility("default"))) int unawaited_copy() {
-  mptqc::launch(kernel<false>, 1, 1, 16, nullptr);
+  mptqc::launch({1, 1, 16, nullptr}, kernel<false>);
   return seen;
 }
 extern "C" __attribute__((visibility("default"))) int awaited_copy() {
-  mptqc::launch(kernel<true>, 1, 1, 16, nullptr);
+  mptqc::launch({1, 1, 16, nullptr}, kernel<true>);
   return seen;
 }
 """

@@ -82,12 +82,14 @@ def test_a_rehearsal_runs_every_stage_on_an_emulated_gpu(check: Check):
     if find_library() is None:
         pytest.skip("no C++17 compiler")
     before = session.PROVIDERS
-    results, text = check("--stages", "kernels,products,e2e,bench")
+    results, text = check("--stages", "kernels,products,chain,e2e,bench")
     assert session.PROVIDERS is before
     found = results["stages"]
     assert re.match(r"\d\d passed", found["kernels"]["found"][0]["result"])
-    assert {"64x64", "64x64, GELU", "128x128", "128x128, GELU"} < set(found["products"]["found"][0])
+    assert {"as chosen", "as chosen, GELU", "64x64", "128x128, GELU"} < set(found["products"]["found"][0])
     assert "there is nothing to compare with" in found["products"]["outcome"]
+    assert [row["batch"] for row in found["chain"]["found"]] == [1, 2]
+    assert all(row["blocks, ms"] > 0 and row["fc2, us"] > 0 for row in found["chain"]["found"])
     assert found["e2e"]["outcome"] == "done"
     assert found["e2e"]["found"][0]["mptqc float32, dB to the CPU"] > 60
     rows = found["bench"]["found"]
@@ -112,18 +114,21 @@ def test_targets_are_held_against_what_was_found():
     bench = [
         timed("float32", 64, 30.0), timed("float16", 64, 9.0), timed("mptqc", 64, 6.0), timed("mptqc", 1, 1.5),
         timed("mptqc, CUDA graph", 1, 0.9), timed("float16", 1, 1.0), timed("float16, CUDA graph", 1, 0.8),
+        timed("torch float16", 64, 4.8),
         {"model": "vit-b", "form": "stock QDQ", "batch": 64, "failed": "no memory"},
         {**timed("mptqc", 64, 1.0), "model": "vit-s"},
     ]  # fmt: skip
     products = [
-        {"product": "8192 x 8192 x 8192", "cuBLASLt s8": 1000.0, "64x64": 1.0, "128x128": 700.0},
-        {"product": "ViT-B fc1, batch 64", "cuBLASLt s8": 800.0, "64x64": 300.0, "128x128": 540.0},
-        {"product": "ViT-B fc2, batch 64", "cuBLASLt s8": None, "64x64": 300.0, "128x128": 600.0},
-        {"product": "ViT-B fc1, batch 1", "cuBLASLt s8": 90.0, "64x64": 30.0, "128x128": 10.0},
+        {"product": "8192 x 8192 x 8192", "cuBLASLt s8": 1000.0, "as chosen": 700.0},
+        {"product": "ViT-B fc1, batch 64", "cuBLASLt s8": 800.0, "as chosen": 540.0},
+        {"product": "ViT-B fc2, batch 64", "cuBLASLt s8": None, "as chosen": 600.0},
+        {"product": "ViT-B fc1, batch 1", "cuBLASLt s8": 90.0, "as chosen": 10.0},
     ]
     rows = targets(bench, products)
-    assert [(row["found"], row["reached"]) for row in rows] == [(1.5, True), (5.0, True), (1.125, False), (0.54, False)]
-    assert [row["reached"] for row in targets([], [])] == [None] * 4
+    assert [(row["found"], row["reached"]) for row in rows] == [
+        (1.5, True), (5.0, True), (0.8, False), (1.125, False), (0.54, False)
+    ]  # fmt: skip
+    assert [row["reached"] for row in targets([], [])] == [None] * 5
 
 
 def test_a_stage_that_fails_keeps_no_other_from_running(monkeypatch: pytest.MonkeyPatch, check: Check):
@@ -161,4 +166,4 @@ def test_an_unknown_stage_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--stages", "build,fly"])
     with pytest.raises(SystemExit):
         gpu_check.main()
-    assert "unknown fly; the stages are build, kernels, products, e2e, bench" in capsys.readouterr().err
+    assert "unknown fly; the stages are build, kernels, products, chain, e2e, bench" in capsys.readouterr().err

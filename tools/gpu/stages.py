@@ -48,6 +48,7 @@ class Settings:
         folder: where models are kept.
         models: names of SUBJECTS.
         batches: batch sizes of the benchmark.
+        forms: of TIMED_FORMS, what the benchmark times.
         seconds: for each figure of the benchmark.
         deadline: `time.monotonic()` after which nothing new is begun.
         rehearse: there is no GPU but a fake one, so that everything is to be small.
@@ -56,6 +57,7 @@ class Settings:
     folder: Path
     models: tuple[str, ...]
     batches: tuple[int, ...]
+    forms: tuple[str, ...]
     seconds: float
     deadline: float
     rehearse: bool = False
@@ -109,6 +111,16 @@ def products(settings: Settings, report: Callable[[Any], None]) -> None:
         )
 
 
+def chain(settings: Settings, report: Callable[[Any], None]) -> None:
+    """Time the kernels of ViT-B's blocks one after another, without ONNX Runtime."""
+    from gpu.chain import measure_chains
+
+    shape = SUBJECTS["tiny" if settings.rehearse else "vit-b"].shape
+    assert shape is not None, "these are plain ViTs"
+    for row in measure_chains(shape, settings.batches, rehearse=settings.rehearse):
+        report(row)
+
+
 def e2e(settings: Settings, report: Callable[[Any], None]) -> None:
     """Compare compiled models with their portable file on the CPU, and float16 with float32 beside them."""
     for name in settings.models:
@@ -152,7 +164,7 @@ def agreement(found: NDArray[np.float64], expected: NDArray[np.float64]) -> floa
 
 def bench(settings: Settings, report: Callable[[Any], None]) -> None:
     """Time every form of every model, batch by batch; what fails or has no time left says so in its row."""
-    for form in TIMED_FORMS:
+    for form in settings.forms:
         for name in settings.models:
             rows = [{"model": name, "form": form, "batch": batch} for batch in settings.batches]
             try:
@@ -234,6 +246,7 @@ STAGES: dict[str, Callable[[Settings, Callable[[Any], None]], None]] = {
     "build": build,
     "kernels": kernels,
     "products": products,
+    "chain": chain,
     "e2e": e2e,
     "bench": bench,
 }

@@ -64,8 +64,23 @@ int worst_of() {
   return worst;
 }
 
+// How a group reads the weight, and puts sums where others find them.
+template <class T>
+int worst_of_group() {
+  int worst = 0;
+  for (int warp = 0; warp < 4; ++warp)
+    for (int group = 0; group < T::kDepth / 4; group += 4)
+      worst = std::max(worst, turns(16, [&](int lane) {
+        return boxed_chunk<T::kDepth>(group + lane % 4, warp * 8 + quad_of(lane / 4)) * kChunk;
+      }));
+  return std::max(worst, turns(16, [](int lane) { return lane * kChunk; }));
+}
+
 }  // namespace
 
+extern "C" MPTQC_EXPORT int worst_of_groups() {
+  return std::max({worst_of_group<ManyRows>(), worst_of_group<SomeRows>(), worst_of_group<FewRows>()});
+}
 extern "C" MPTQC_EXPORT int worst_of_large_tile() { return worst_of<LargeTile>(); }
 extern "C" MPTQC_EXPORT int worst_of_small_tile() { return worst_of<SmallTile>(); }
 extern "C" MPTQC_EXPORT int worst_of_columns() { return turns(4, [](int lane) { return lane * 128; }); }
