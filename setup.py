@@ -2,7 +2,7 @@
 
 The kernel library is built from kernels/ if a C++17 compiler is there, and lies beside mptqc/runtime/library.py.
 Without one the install succeeds, with a warning. That of the CUDA kernels is built only if MPTQC_CUDA=1 asks for it, as
-it takes a minute, by the nvcc of CUDA 13 (NVCC names it, else the one on PATH); MPTQC_CUDA_ARCHITECTURES limits it to
+it takes minutes, by the nvcc of CUDA 13 (NVCC names it, else the one on PATH); MPTQC_CUDA_ARCHITECTURES limits it to
 some architectures, as in 90,120.
 """
 
@@ -44,6 +44,7 @@ CUDA_OPTIONS = [
     "-fmad=false",  # as -ffp-contract below
     "--cudart=static",
     "-shared",
+    "--threads=0",  # architectures side by side
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
 ]
 KERNEL_HEADERS = [*HERE.glob("kernels/**/*.h")]

@@ -237,7 +237,6 @@ bool is_small(const mptqc_addend& added) {
 // How many blocks a multiprocessor is to hold: as many as their registers allow.
 constexpr int blocks_of(int spans, int parts, bool adds) {
   if (parts == 2) return spans == 1 ? 5 : 4;
-  if (parts == 4) return spans == 1 ? 4 : 3;
   return parts == 7 && !(spans == 2 && adds) ? 3 : 2;
 }
 
@@ -245,7 +244,6 @@ constexpr int blocks_of(int spans, int parts, bool adds) {
 template <int kSpans, bool kAdds>
 void (*in_registers_for(int64_t columns))(AttentionParameters) {
   if (columns <= 2 * kSpan) return attention<AttentionInRegisters<kSpans, kSpans, 2, kAdds>, blocks_of(kSpans, 2, kAdds)>;
-  if (columns <= 4 * kSpan) return attention<AttentionInRegisters<kSpans, kSpans, 4, kAdds>, blocks_of(kSpans, 4, kAdds)>;
   if (columns <= 7 * kSpan) return attention<AttentionInRegisters<kSpans, kSpans, 7, kAdds>, blocks_of(kSpans, 7, kAdds)>;
   return attention<AttentionInRegisters<kSpans, kSpans, 9, kAdds>, blocks_of(kSpans, 9, kAdds)>;
 }
