@@ -114,7 +114,7 @@ def check(arguments: argparse.Namespace) -> None:
         sys.exit(
             f"gpu_check: {error}. Install mptqc's requirements here (pip install -e .), or bring them with --pack."
         )
-    forms = tuple(arguments.forms.split("; ")) if arguments.forms else TIMED_FORMS
+    forms = tuple(form.strip() for form in arguments.forms.split(";")) if arguments.forms else TIMED_FORMS
     if unknown := [form for form in forms if form not in TIMED_FORMS]:
         sys.exit(f"gpu_check: no form is called {unknown[0]}; there are {'; '.join(TIMED_FORMS)}")
     settings = Settings(

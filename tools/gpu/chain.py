@@ -10,8 +10,8 @@ from cuda_kernels import FLOAT_TYPES, TILES, DeviceMemory, as_bytes
 from kernel_records import Addend, Attention, LayerNorm, Linear, c_quantizer
 from random_vit import VitShape
 
+from gpu.products import open_kernels
 from mptqc.reference.custom_ops import CodeQuantizer
-from mptqc.runtime.cuda import find_cuda_library, load_cuda_library, load_cuda_runtime
 
 REPEATS, REPLAYS, ROUNDS = 20, 10, 5
 """Of a kernel in its graph, of a graph in a round, and rounds, whose median counts; a rehearsal does each once."""
@@ -101,12 +101,7 @@ def measure_chains(shape: VitShape, batches: Sequence[int], *, rehearse: bool = 
         ProviderError: there is no CUDA runtime.
         RuntimeError: the kernels were not built, there is no GPU, or a kernel failed.
     """
-    path = find_cuda_library()
-    if path is None:
-        raise RuntimeError("the CUDA kernels are not built; run the stage `build` first")
-    library, runtime = load_cuda_library(path), load_cuda_runtime()
-    if not library.mptqc_cuda_device_count():
-        raise RuntimeError("there is no GPU, or its driver is older than CUDA 13")
+    library, runtime = open_kernels()
     for batch in batches:
         chain = Chain(library, runtime, shape, batch)
         repeats, replays, rounds = (1, 1, 1) if rehearse else (REPEATS, REPLAYS, ROUNDS)

@@ -35,12 +35,7 @@ def measure_products(shapes: Mapping[str, tuple[int, int, int]]) -> Iterator[dic
         ProviderError: there is no CUDA runtime.
         RuntimeError: the kernels were not built, there is no GPU, or a kernel failed.
     """
-    path = find_cuda_library()
-    if path is None:
-        raise RuntimeError("the CUDA kernels are not built; run the stage `build` first")
-    library, runtime = load_cuda_library(path), load_cuda_runtime()
-    if not library.mptqc_cuda_device_count():
-        raise RuntimeError("there is no GPU, or its driver is older than CUDA 13")
+    library, runtime = open_kernels()
     for name, shape in shapes.items():
         work = 2 * float(np.prod([float(size) for size in shape]))
         row: dict[str, Any] = {"product": name, "cuBLASLt s8": as_tops(work, torch_ms(*shape))}
@@ -49,6 +44,22 @@ def measure_products(shapes: Mapping[str, tuple[int, int, int]]) -> Iterator[dic
                 milliseconds = kernel_ms(library, runtime, shape, tile, gelu=gelu)
                 row[column + ", GELU" * gelu] = as_tops(work, milliseconds)
         yield row
+
+
+def open_kernels() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The library of kernels, and CUDA's runtime.
+
+    Raises:
+        ProviderError: there is no CUDA runtime.
+        RuntimeError: the kernels were not built, or there is no GPU.
+    """
+    path = find_cuda_library()
+    if path is None:
+        raise RuntimeError("the CUDA kernels are not built; run the stage `build` first")
+    library, runtime = load_cuda_library(path), load_cuda_runtime()
+    if not library.mptqc_cuda_device_count():
+        raise RuntimeError("there is no GPU, or its driver is older than CUDA 13")
+    return library, runtime
 
 
 def as_tops(operations: float, milliseconds: float | None) -> float | None:
