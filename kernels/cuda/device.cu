@@ -1,4 +1,6 @@
 #include "device.h"
+
+#include "hopper.h"
 #include "memory.h"
 
 namespace mptqc {

@@ -11,6 +11,7 @@
 // sums meet in shared memory.
 #pragma once
 
+#include "hopper.h"
 #include "linear_output.h"
 
 namespace mptqc {

@@ -22,7 +22,6 @@
 
 #define MPTQC_KERNEL(threads, blocks) void
 #define MPTQC_DEVICE inline
-#define MPTQC_UNROLL_TWICE _Pragma("GCC unroll 2")
 #define MPTQC_ROLL
 #define MPTQC_GRID_CONSTANT
 #define MPTQC_WARPGROUPS 1
