@@ -84,7 +84,7 @@ def test_the_cuda_library_is_built_where_it_is_asked_for(tree, tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         command = wheel.read(CUDA_LIBRARY).decode()
     assert "code=sm_80 " in command
-    assert "code=sm_90 " in command
+    assert "code=sm_90a " in command
     assert "code=compute_90 " in command
     assert "--cudart=static" in command
     assert {"linear.cu", "device.cu", "register.cpp", "backend.cpp", "arguments.cpp"} <= {
