@@ -153,7 +153,10 @@ class CudaKernels:
             0 if rows is None else rows.size, None if rows is None else self.put(memory, rows),
             None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), output.address,
         )  # fmt: skip
-        assert self.call("linear", arguments, FLOAT_TYPES[float_type.name], TILES[tile]) == OK
+        status = self.call("linear", arguments, FLOAT_TYPES[float_type.name], TILES[tile])
+        if status == INVALID_ARGUMENT and tile in WHOLE_CHUNKS and self.new_memory is not HostMemory:
+            pytest.skip("only Hopper's devices have this tile")
+        assert status == OK
         return output.array()
 
     def attention(

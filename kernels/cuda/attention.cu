@@ -251,8 +251,8 @@ void (*in_registers_for(int64_t columns))(AttentionParameters) {
 template <int kSpans>
 mptqc_status start(const mptqc_attention& a, void* stream) {
   const AttentionLayout layout(a, kSpans * kSpan);
-  const bool in_registers =
-      layout.depth == kSpans * kStep && layout.columns >= a.columns && a.probability.zero_point == 0;
+  const bool in_registers = layout.depth == kSpans * kStep && layout.columns >= a.columns &&
+                            a.probability.zero_point == 0 && a.probability.minimum == 0;
   const int64_t block_rows = in_registers && a.rows > 0 ? rows_of_block(a) : kBlockRows;
   const AttentionParameters parameters = {a,
                                           layout,

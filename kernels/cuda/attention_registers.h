@@ -1,8 +1,5 @@
 // Attention whose scores stay in the registers: of at most 288 columns. A row's largest score is known before its powers are
 // made, and their sum before their codes, so that each is made once.
-//
-// Without bias and mask scores are left as they come, whole numbers: what e is raised to is their distance from the largest,
-// times score_scale.
 #pragma once
 
 #include "attention_block.h"
@@ -45,12 +42,8 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
     }
     const int count = this->count_from(kSpan * part);
     MPTQC_UNROLL
-    for (int i = 0; i < kSpan / 2; ++i) score[i / 4][i % 4] = float_of(sums[i / 4][i % 4]);
-    if constexpr (kAdds) {
-      MPTQC_UNROLL
-      for (int i = 0; i < kSpan / 2; ++i) score[i / 4][i % 4] = (score[i / 4][i % 4] - kShifter) * a().score_scale;
-      this->add(score, added, row, kSpan * part, count);
-    }
+    for (int i = 0; i < kSpan / 2; ++i) score[i / 4][i % 4] = (float_of(sums[i / 4][i % 4]) - kShifter) * a().score_scale;
+    if constexpr (kAdds) this->add(score, added, row, kSpan * part, count);
     if (count < kSpan) {
       MPTQC_UNROLL
       for (int i = 0; i < kSpan / 2; ++i) {
@@ -59,7 +52,7 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
     }
   }
 
-  // Codes of P, whose zero point is 0, as a left operand.
+  // Codes of P, whose zero point and lowest code are 0, as a left operand.
   MPTQC_DEVICE void make_codes(uint32_t (&left)[4], const Scores& power, const float (&quotient)[2]) const {
     using Values = Lanes<kSpan / 2>;
     typename Values::F x;
@@ -148,7 +141,6 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
         most = fmaxf(most, score[part][i / 4][i % 4]);
       }
     }
-    const float factor = (kAdds ? 1.0f : a().score_scale) * kInverseLn2;
     MPTQC_UNROLL
     for (int half = 0; half < 2; ++half) {
       largest[half] = fmaxf(largest[half], exchange(largest[half], 1));
@@ -160,7 +152,7 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
       MPTQC_UNROLL
       for (int i = 0; i < kSpan / 2; ++i) {
         float& x = score[part][i / 4][i % 4];
-        x = power_of_two((x - largest[i % 4 / 2]) * factor);
+        x = Base::power(x, largest[i % 4 / 2]);
         total[i % 4 / 2] += x;
       }
     }

@@ -29,6 +29,12 @@ int multiprocessors() {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()) == cudaSuccess ? count : 1;
 }
 
+int most_shared_bytes() {
+  int bytes = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device());
+  return error == cudaSuccess ? bytes : 0;
+}
+
 mptqc_status map_box(BoxMap* map, const void* tensor, const BoxShape& shape) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -39,11 +45,16 @@ mptqc_status map_box(BoxMap* map, const void* tensor, const BoxShape& shape) {
     return reinterpret_cast<Encode>(found);
   }();
   if (encode == nullptr) return status_of(cudaErrorNotSupported);
+  thread_local int context_of = -1;  // the driver's own functions need a thread that has its device's context
+  if (const int device = current_device(); device != context_of) {
+    if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return status_of(error);
+    context_of = device;
+  }
   constexpr cuuint32_t steps[] = {1, 1, 1};
   const CUresult found = encode(&map->map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(tensor), shape.size,
                                 shape.stride, shape.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                shape.box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                shape.box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status_of(found == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
 }
 
@@ -52,14 +63,16 @@ bool may_begin_early() {
   static DeviceFact fact;
   return fact.holds([] {
     cudaFuncAttributes found = {};
-    return cudaFuncGetAttributes(&found, probe) == cudaSuccess && found.ptxVersion >= first_that_waits;
+    if (cudaFuncGetAttributes(&found, probe) != cudaSuccess) return Answer::kUnknown;
+    return found.ptxVersion >= first_that_waits ? Answer::kYes : Answer::kNo;
   });
 }
 
-bool has_code(const void* kernel) {
+Answer has_code(const void* kernel) {
   constexpr int most_of_an_empty_one = 24;
   cudaFuncAttributes found = {};
-  return cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.numRegs > most_of_an_empty_one;
+  if (cudaFuncGetAttributes(&found, kernel) != cudaSuccess) return Answer::kUnknown;
+  return found.numRegs > most_of_an_empty_one ? Answer::kYes : Answer::kNo;
 }
 
 void* allocate_device_memory(size_t bytes) {
@@ -70,7 +83,8 @@ void* allocate_device_memory(size_t bytes) {
 void free_device_memory(void* memory) { cudaFree(memory); }
 
 bool copy_memory(void* to, const void* from, size_t bytes) {
-  return cudaMemcpy(to, from, bytes, cudaMemcpyDefault) == cudaSuccess;
+  // From memory that is not pinned, the copy alone may return before it is done.
+  return cudaMemcpy(to, from, bytes, cudaMemcpyDefault) == cudaSuccess && cudaStreamSynchronize(nullptr) == cudaSuccess;
 }
 
 }  // namespace mptqc

@@ -160,14 +160,15 @@ MPTQC_DEVICE float power_of_two(float x) {
   return power;
 }
 
-// Of the current device.
+// Of the current device: what a block may have if it is asked for, too.
 int multiprocessors();
+int most_shared_bytes();
 
 // Whether kernels wait for their inputs by themselves on the current device, so that they may begin early.
 bool may_begin_early();
 
 // Whether the current device has code for a kernel that is written for some devices alone, and empty for others.
-bool has_code(const void* kernel);
+Answer has_code(const void* kernel);
 
 // MPTQC_OK, or MPTQC_CUDA_FAILURE, which mptqc_cuda_failure then explains.
 mptqc_status status_of(cudaError_t error);
@@ -177,9 +178,8 @@ mptqc_status launch(const Launch& launch, void (*kernel)(Parameters...), Paramet
   constexpr size_t unasked = 48 * 1024;
   if (launch.blocks == 0) return MPTQC_OK;
   if (launch.blocks > INT32_MAX) return MPTQC_INVALID_ARGUMENT;
-  if (launch.shared_bytes > unasked) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared_bytes));
+  if (launch.shared_bytes > unasked) {  // always the same number, as other threads may launch the kernel
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes());
     if (error != cudaSuccess) return status_of(error);
   }
   cudaLaunchAttribute early = {};

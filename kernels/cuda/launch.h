@@ -17,21 +17,22 @@ struct Launch {
 
 int current_device();
 
-// Something that is true of a device or is not, found out once for each.
+enum class Answer { kUnknown, kNo, kYes };
+
+// Something that is true of a device or is not, found out once for each; until that succeeds it counts as not true.
 class DeviceFact {
  public:
   template <class Find>
   bool holds(Find find) {
-    constexpr int no = 1, yes = 2;
     const int device = current_device();
-    if (device >= kMostDevices) return find();
-    if (known_[device] == 0) known_[device] = find() ? yes : no;
-    return known_[device] == yes;
+    if (device >= kMostDevices) return find() == Answer::kYes;
+    if (known_[device] == Answer::kUnknown) known_[device] = find();
+    return known_[device] == Answer::kYes;
   }
 
  private:
   static constexpr int kMostDevices = 64;
-  std::atomic<int> known_[kMostDevices] = {};
+  std::atomic<Answer> known_[kMostDevices] = {};
 };
 
 }  // namespace mptqc

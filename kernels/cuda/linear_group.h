@@ -177,7 +177,7 @@ struct GroupBlock {
       consume(next);
     } else {
       if constexpr (T::kHasProducers && T::kGroups == 3) leave_registers<24>();
-      if (leads()) refill(parameters.tiles * depths, next);
+      if (leads()) refill(INT32_MAX, next);
     }
   }
 

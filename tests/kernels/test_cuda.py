@@ -143,16 +143,17 @@ def test_every_float16_is_widened_and_narrowed(kernels):
     assert np.array_equal(of_bias(kernels, x, residual=np.zeros((1, x.size), np.float16)), expected)
 
 
+@pytest.mark.parametrize(("inputs", "tile"), [(30, "auto"), *((48, tile) for tile in LINEAR_TILES)])
 @pytest.mark.parametrize("outputs", [37, 64])
-def test_linear_adds_the_residual_at_the_row_it_writes(kernels, outputs):
+def test_linear_adds_the_residual_at_the_row_it_writes(kernels, outputs, inputs, tile):
     generator = np.random.default_rng(1)
-    a, weight = codes(generator, 8, 12, 30), codes(generator, 30, outputs).view(np.int8)
+    a, weight = codes(generator, 8, 12, inputs), codes(generator, inputs, outputs).view(np.int8)
     scale, bias = np.full(outputs, 1e-3, np.float32), floats(generator, outputs)
     arguments = {
         "input_scale": 0.1, "input_zero_point": 128, "residual": floats(generator, 4, 2, 12, outputs),
         "rows": generator.permutation(24),
     }  # fmt: skip
-    actual = kernels.linear(a, weight, scale, bias, **arguments)
+    actual = kernels.linear(a, weight, scale, bias, tile=tile, **arguments)
     assert np.array_equal(actual, ops.linear(a, weight, scale, bias, **arguments))
 
 
@@ -186,15 +187,22 @@ def test_linear_sums_extreme_codes_exactly(kernels, tile, extreme):
     assert np.array_equal(kernels.linear(a, weight, ones, zeros, tile=tile, **arguments), expected)
 
 
+@pytest.mark.parametrize(("inputs", "tile"), [(40, "auto"), *((48, tile) for tile in LINEAR_TILES)])
+@pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_linear_with_gelu(kernels, quantizer):
+def test_linear_with_gelu(kernels, quantizer, multiplied, inputs, tile):
     generator = np.random.default_rng(2)
-    a, weight = codes(generator, 31, 40), codes(generator, 40, 77).view(np.int8)
+    a, weight = codes(generator, 31, inputs), codes(generator, inputs, 77).view(np.int8)
     scale, bias = np.full(77, 1.5e-4, np.float32), floats(generator, 77) * 2
     arguments = {"input_scale": 0.9, "input_zero_point": 128}
-    actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, activation="gelu", **arguments)
+    multiplier = np.exp(floats(generator, 77)) if multiplied else np.ones(77, np.float32)
+    actual = kernels.linear(
+        a, weight, scale, bias, quantizer=quantizer, activation="gelu", multiplier=multiplier if multiplied else None,
+        tile=tile, **arguments,
+    )  # fmt: skip
     x = ops.linear(a, weight, scale, bias, **arguments)
-    assert_codes_of(actual, quantizer, ops.gelu(x), ops.GELU_TOLERANCE * np.maximum(1, np.abs(x)))
+    tolerance = ops.GELU_TOLERANCE * np.maximum(1, np.abs(x)) * multiplier
+    assert_codes_of(actual, quantizer, ops.gelu(x) * multiplier, tolerance)
 
 
 def of_bias(kernels: CudaKernels, x: np.ndarray, **arguments: object) -> np.ndarray:
@@ -282,23 +290,32 @@ def test_attention(kernels, shape, p_quantizer, added, row_scale):
         assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask, row_scale)
 
 
-def assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask, row_scale=False):
+def assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask, row_scale=False, scales=SCALES):
     """Rows whose codes of P are beyond doubt are equal, bit for bit without row_scale, whose r is a softmax; a doubtful
     code may be the next one."""
-    p = ops.attention_probabilities(q, k, heads, SCALES, bias, mask)
+    p = ops.attention_probabilities(q, k, heads, scales, bias, mask)
     largest = None
     if row_scale:
         p, largest = ops.scale_rows(p)
     slack = ops.SOFTMAX_TOLERANCE * np.maximum(p, 2.0**-20)
     low = ops.quantize_codes(p_quantizer, (p - slack).astype(np.float32))
     high = ops.quantize_codes(p_quantizer, (p + slack).astype(np.float32))
-    expected = ops.attention_context(low, p_quantizer, v, SCALES, largest)
+    expected = ops.attention_context(low, p_quantizer, v, scales, largest)
     doubt = (high.astype(int) - low).sum(-1).max(1)[..., None]  # [B, T, 1], over heads
     r = np.float32(1) if largest is None else ops.by_context(largest, v.shape[2])
     of_r = np.zeros_like(expected) if largest is None else np.abs(expected) * np.float32(ops.SOFTMAX_TOLERANCE)
-    step = p_quantizer.scale * SCALES.v_scale * 255 * r
+    step = p_quantizer.scale * scales.v_scale * 255 * r
     assert doubt.size < 20 or (doubt == 0).mean() > 0.8
     assert (np.abs(actual - expected) <= of_r + doubt * step * 1.001).all()
+
+
+def test_scores_are_rounded_as_the_contract_says(kernels):
+    """Where they are large, what a score is rounded by is more than the softmax's tolerance."""
+    generator = np.random.default_rng(12)
+    q, k, v = (codes(generator, 1, 64, 64) for _ in range(3))
+    scales = ops.AttentionScales(0.04, 117, 0.04, 133, 0.013, 126)
+    actual = kernels.attention(q, k, v, 1, scales, PROBABILITIES[0])
+    assert_context_of(actual, q, k, v, 1, PROBABILITIES[0], None, None, scales=scales)
 
 
 def test_rows_of_probabilities_may_be_relative_to_their_largest(kernels):
@@ -331,6 +348,30 @@ def test_patches(kernels, shift, shape):
     for quantizer in QUANTIZERS:
         expected = ops.quantize_codes(quantizer, ops.patches(x, patch_height, patch_width))
         assert np.array_equal(kernels.shifted(shift).patches(x, patch_height, patch_width, quantizer), expected)
+
+
+@pytest.mark.parametrize("tile", LINEAR_TILES)
+def test_kernels_that_follow_each_other_wait_for_what_they_read(kernels, tile):
+    """Each begins before the one before it has ended, and none is waited for between them."""
+    memory, generator, quantizer = kernels.new_memory(), np.random.default_rng(11), ops.CodeQuantizer(0.9, 128)
+    expected, weight = codes(generator, 130, 192), codes(generator, 192, 192).view(np.int8)
+    scale, bias = np.full(192, 3e-4, np.float32), floats(generator, 192)
+    addresses = [memory.take(as_bytes(expected)) for _ in range(2)]
+    offset = np.zeros(192, np.int32)
+    constants = [memory.take(as_bytes(array)) for array in (ops.block_weight(weight), offset, scale, bias)]
+    for i in range(6):
+        source, target = addresses[i % 2], addresses[1 - i % 2]
+        record = Linear(
+            130, 192, 192, source, *constants, 0, None, None, 0, None, ctypes.pointer(c_quantizer(quantizer)), target
+        )
+        status = kernels.call("linear", record, FLOAT_TYPES["float32"], TILES[tile])
+        if status == INVALID_ARGUMENT and kernels.new_memory is not HostMemory:
+            pytest.skip("only Hopper's devices have this tile")
+        assert status == OK
+        y = ops.linear(expected, weight, scale, bias, input_scale=1.0, input_zero_point=0)
+        expected = ops.quantize_codes(quantizer, y)
+    assert len(np.unique(expected)) > 50
+    assert np.array_equal(memory.read(addresses[0], expected.size).reshape(expected.shape), expected)
 
 
 def test_a_kernel_can_be_captured_into_a_graph_on_gpu(on_gpu):

@@ -490,7 +490,7 @@ inline float power_of_two(float x) { return x < -126 ? 0 : std::exp2(x); }
 
 inline int multiprocessors() { return 4; }
 inline int current_device() { return 0; }
-inline bool has_code(const void*) { return true; }
+inline Answer has_code(const void*) { return Answer::kYes; }
 
 template <class... Parameters>
 void run_blocks(void (*kernel)(Parameters...), const Launch& launch, Parameters... parameters) {
