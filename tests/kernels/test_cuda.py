@@ -310,12 +310,12 @@ def assert_context_of(actual, q, k, v, heads, p_quantizer, bias, mask, row_scale
 
 
 def test_scores_are_rounded_as_the_contract_says(kernels):
-    """Where they are large, what a score is rounded by is more than the softmax's tolerance."""
+    """Where they are large and near each other, what a score is rounded by is more than the softmax's tolerance."""
     generator = np.random.default_rng(12)
-    q, k, v = (codes(generator, 1, 64, 64) for _ in range(3))
-    scales = ops.AttentionScales(0.04, 117, 0.04, 133, 0.013, 126)
-    actual = kernels.attention(q, k, v, 1, scales, PROBABILITIES[0])
-    assert_context_of(actual, q, k, v, 1, PROBABILITIES[0], None, None, scales=scales)
+    q, k = (255 - generator.integers(0, 3, (1, 64, 512)).astype(np.uint8) for _ in range(2))
+    v, scales = codes(generator, 1, 64, 512), ops.AttentionScales(0.04, 117, 0.04, 133, 0.013, 126)
+    actual = kernels.attention(q, k, v, 8, scales, PROBABILITIES[0])
+    assert_context_of(actual, q, k, v, 8, PROBABILITIES[0], None, None, scales=scales)
 
 
 def test_rows_of_probabilities_may_be_relative_to_their_largest(kernels):
