@@ -2,9 +2,11 @@
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,8 +40,8 @@ OF_HOPPER = {
 """Products of four warps, boxes, registers that a group leaves to others; every kernel waits for its inputs itself."""
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 LARGE_TILE = "LinearTileILi128ELi128"
-MOST_SPILLED_BYTES = 16
-"""What one attention keeps in local memory on some architectures, outside its loops; an array would be more."""
+MOST_SPILLED_BYTES = 32
+"""What one attention keeps in local memory on some architectures, a few numbers of a block; an array would be more."""
 PRODUCTS_OF_STAGE, MOST_INSTRUCTIONS_OF_STAGE = 64, 240
 """Of a warp in the Linear's large tile. A product takes 6 to 8 cycles, and a scheduler issues one instruction in each:
 tensor cores wait for it once there are more than some 400."""
@@ -82,9 +84,16 @@ def test_a_kernel_is_written_in_the_instructions_that_are_meant(kernel: str, tmp
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_for_every_architecture_and_stay_in_registers(architecture: str, tmp_path: Path) -> None:
-    for kernel in (*PTX, "device"):
-        command = [compiler(), *OPTIONS, "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", source(kernel)]
-        ran = subprocess.run([*command, "-o", tmp_path / kernel], capture_output=True, text=True, check=False)
+    command = [compiler(), *OPTIONS, "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"]
+
+    def compile_kernel(kernel: str) -> subprocess.CompletedProcess[str]:
+        own = [*command, source(kernel), "-o", tmp_path / kernel]
+        return subprocess.run(own, capture_output=True, text=True, check=False)
+
+    kernels = sorted((*PTX, "device"))  # the longest first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(compile_kernel, kernels))
+    for kernel, ran in zip(kernels, compiled, strict=True):
         assert ran.returncode == 0, ran.stderr
         assert "C75" not in ran.stderr, "products of four warps wait for each other"
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", ran.stderr)
