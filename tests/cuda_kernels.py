@@ -153,10 +153,7 @@ class CudaKernels:
             0 if rows is None else rows.size, None if rows is None else self.put(memory, rows),
             None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), output.address,
         )  # fmt: skip
-        status = self.call("linear", arguments, FLOAT_TYPES[float_type.name], TILES[tile])
-        if status == INVALID_ARGUMENT and tile in WHOLE_CHUNKS and self.new_memory is not HostMemory:
-            pytest.skip("only Hopper's devices have this tile")
-        assert status == OK
+        self.run_linear(arguments, float_type.name, tile)
         return output.array()
 
     def attention(
@@ -191,6 +188,13 @@ class CudaKernels:
         arguments = Patches(*sizes, self.put(memory, x), c_quantizer(quantizer), output.address)
         assert self.call("patches", arguments) == OK
         return output.array()
+
+    def run_linear(self, arguments: Linear, float_type: str, tile: str) -> None:
+        """Skips the test if the device is none of those that have the tile."""
+        status = self.call("linear", arguments, FLOAT_TYPES[float_type], TILES[tile])
+        if status == INVALID_ARGUMENT and tile in WHOLE_CHUNKS and self.new_memory is not HostMemory:
+            pytest.skip("only Hopper's devices have this tile")
+        assert status == OK
 
     def call(
         self, operator: str, arguments: ctypes.Structure, *more: int, stream: ctypes.c_void_p | None = None

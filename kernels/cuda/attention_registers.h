@@ -67,17 +67,13 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
   }
 
   // The queries of rows `row` and row + 8 as a left operand.
-  struct Queries {
-    Left left;
-  };
-
-  MPTQC_DEVICE void load_queries(Queries& queries, int row) const {
+  MPTQC_DEVICE void load_queries(Left& queries, int row) const {
     const int64_t apart = a().heads * a().width;
     MPTQC_UNROLL
     for (int i = 0; i < kSteps * 4; ++i) {
       const int half = i % 2, column = i / 2 * kChunk + lane % 4 * 4, width = static_cast<int>(a().width);
       const uint8_t* const from = this->queries() + int64_t{row + 8 * half} * apart + column;
-      uint32_t& four = queries.left[i / 4][i % 4];
+      uint32_t& four = queries[i / 4][i % 4];
       if (row + 8 * half >= a().rows || column >= width) {
         four = 0;
       } else if (p.query_unit >= 4) {
@@ -92,7 +88,7 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
     wait_for_inputs();
     this->load_keys(0);
     commit_copies();
-    Queries queries;
+    Left queries;
     const int rows_left = a().rows - this->first_row;
     const int rows = static_cast<int>(rows_left < p.block_rows ? rows_left : p.block_rows);
     const int first = kWarpRows * warp;
@@ -114,13 +110,13 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
   }
 
   // Rows `row` and row + 8.
-  MPTQC_DEVICE void attend(const Queries& queries, const Addends& added, int row) const {
+  MPTQC_DEVICE void attend(const Left& queries, const Addends& added, int row) const {
     int32_t row_offset[2];
     MPTQC_UNROLL
     for (int half = 0; half < 2; ++half) {
       uint32_t sum = 0;
       MPTQC_UNROLL
-      for (int i = half; i < kSteps * 4; i += 2) sum = add_codes(queries.left[i / 4][i % 4], sum);
+      for (int i = half; i < kSteps * 4; i += 2) sum = add_codes(queries[i / 4][i % 4], sum);
       sum += exchange(sum, 1);
       sum += exchange(sum, 2);
       row_offset[half] = kShifterBits - a().k_zero_point * static_cast<int32_t>(sum);
@@ -134,7 +130,7 @@ struct AttentionInRegisters : AttentionBlock<kSteps, kSpans> {
         for (int i = 0; i < kSpan / 2; ++i) score[part][i / 4][i % 4] = 0;  // or those of the rows before would be kept
         continue;
       }
-      make_scores(score[part], queries.left, row_offset, added, row, part);
+      make_scores(score[part], queries, row_offset, added, row, part);
       MPTQC_UNROLL
       for (int i = 0; i < kSpan / 2; ++i) {
         float& most = largest[i % 4 / 2];
