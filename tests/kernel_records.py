@@ -49,7 +49,7 @@ Linear = structure(
     table=POINTER,
     quantizer=ctypes.POINTER(Quantizer),
     output=POINTER,
-    largest_weight=I32,
+    span=I32,
     rotary=Rotary,
 )
 Attention = structure(

@@ -26,6 +26,29 @@ bool is_sound(const mptqc_rotary& rotary, const mptqc_linear& a) {
          a.residual == nullptr && a.table_size == 0;
 }
 
+// Whether sums over `groups` groups of one block fit 16 bits whatever the codes.
+bool fits_in_16_bits(const int8_t* block, int64_t groups) {
+  constexpr int64_t kPairs = kBlockBytes / 2;
+  int32_t highest[kPairs] = {}, lowest[kPairs] = {};
+  for (int64_t k = 0; k < groups; ++k) {
+    for (int64_t i = 0; i < kBlockBytes; ++i) {
+      const int32_t weight = block[k * kBlockBytes + i];
+      highest[i / 2] += weight > 0 ? 255 * weight : 0;
+      lowest[i / 2] += weight < 0 ? 255 * weight : 0;
+    }
+  }
+  for (int64_t i = 0; i < kPairs; ++i)
+    if (highest[i] > INT16_MAX || lowest[i] < INT16_MIN) return false;
+  return true;
+}
+
+bool fits_in_spans(const int8_t* block, int64_t groups, int64_t span) {
+  const int64_t whole = groups / span * span;
+  for (int64_t k = 0; k < groups; k += k < whole ? span : 1)
+    if (!fits_in_16_bits(block + k * kBlockBytes, k < whole ? span : 1)) return false;
+  return true;
+}
+
 }  // namespace
 
 bool is_sound(const mptqc_layer_norm& a) {
@@ -90,12 +113,13 @@ void mptqc_linear_offset(
   }
 }
 
-int32_t mptqc_linear_largest_weight(const int8_t* weight, int64_t inputs, int64_t outputs) {
-  const int64_t bytes = ceil_divide(outputs, kBlockOutputs) * ceil_divide(inputs, kBlockInputs) * kBlockBytes;
-  int32_t largest = 0;
-  for (int64_t i = 0; i < bytes; ++i) {
-    const int32_t size = weight[i] < 0 ? -weight[i] : weight[i];
-    if (size > largest) largest = size;
+int32_t mptqc_linear_span(const int8_t* weight, int64_t inputs, int64_t outputs) {
+  const int64_t groups = ceil_divide(inputs, kBlockInputs), blocks = ceil_divide(outputs, kBlockOutputs);
+  constexpr int64_t kSpans[] = {16, 8, 6, 4, 3, 2, 1};
+  for (const int64_t span : kSpans) {
+    int64_t block = 0;
+    while (block < blocks && fits_in_spans(weight + block * groups * kBlockBytes, groups, span)) ++block;
+    if (block == blocks) return static_cast<int32_t>(span);
   }
-  return largest;
+  return 0;
 }

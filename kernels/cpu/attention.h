@@ -38,11 +38,12 @@ struct AttentionTask {
   AddendRows bias_rows, mask_rows;
   QuantizerConstants probability;
   Output output;
+  const typename L::Table roots{kRoots};
   Product<L> product;
   Tile<Product<L>::kRows> tile = {};
 
-  // `scratch` has layout.bytes bytes.
-  AttentionTask(const mptqc_attention& arguments, uint8_t* scratch)
+  // `scratch` has layout.bytes bytes; `span`: of keys and of values, less 128, as of a weight.
+  AttentionTask(const mptqc_attention& arguments, uint8_t* scratch, int32_t span = 0)
       : a(arguments),
         layout(arguments),
         keys(reinterpret_cast<int8_t*>(scratch + layout.keys)),
@@ -52,7 +53,8 @@ struct AttentionTask {
         scores(reinterpret_cast<float*>(scratch + layout.scores)),
         codes(scratch + layout.codes),
         probability(arguments.probability),
-        output(arguments.quantizer, arguments.output) {
+        output(arguments.quantizer, arguments.output),
+        product(span) {
     const int64_t last = last_column();
     for (int c = 0; c < kPanel; ++c) beyond[c] = last + c < a.columns ? 0.0f : -INFINITY;
   }
@@ -239,7 +241,7 @@ struct AttentionTask {
     const float* score = scores_of(r);
     for_columns([&](auto u, int64_t c) {
       using U = decltype(u);
-      const auto power = power_of_e<U>(U::subtract(U::load(score + c), U::set(top)), factor);
+      const auto power = power_of_e<U>(roots, U::subtract(U::load(score + c), U::set(top)), factor);
       add_to(total, power);
       work(u, c, power);
     });

@@ -21,9 +21,7 @@ namespace mptqc {
 namespace {
 
 void linear_avx2(const mptqc_linear& a, int64_t task) {
-  const int64_t groups = groups_in_16_bits(a.largest_weight);
-  if (groups >= kLeastGroups) return LinearTask<LanesAvx2Low>(a).run(task);
-  if (groups > 0) return LinearTask<LanesAvx2Narrow>(a).run(task);
+  if (a.span > 0) return LinearTask<LanesAvx2Spans>(a).run(task);
   LinearTask<LanesAvx2>(a).run(task);
 }
 
@@ -51,15 +49,13 @@ int32_t largest_of(const uint8_t* codes, int64_t rows, int64_t stride, int64_t w
   return largest;
 }
 
-// Keys and values of 7 bits are small weights. Looking at them is a hundredth of the work.
+// Keys and values of 7 bits and fewer are small weights. Looking at them is a hundredth of the work.
 void attention_avx2(const mptqc_attention& a, int64_t task, uint8_t* scratch) {
   const AttentionPlace place(a, task);
-  const auto small = [&](const uint8_t* codes, int64_t width) {
-    return groups_in_16_bits(largest_of(codes, a.columns, a.heads * width, width)) > 0;
-  };
-  if (small(place.k(a), a.width) && small(place.v(a), a.value_width)) {
-    return AttentionTask<LanesAvx2Narrow>(a, scratch).run(task);
-  }
+  const int32_t largest_key = largest_of(place.k(a), a.columns, a.heads * a.width, a.width);
+  const int32_t largest_value = largest_of(place.v(a), a.columns, a.heads * a.value_width, a.value_width);
+  const int32_t span = span_of_largest(largest_key > largest_value ? largest_key : largest_value);
+  if (span > 0) return AttentionTask<LanesAvx2Spans>(a, scratch, span).run(task);
   AttentionTask<LanesAvx2>(a, scratch).run(task);
 }
 

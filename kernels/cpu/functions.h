@@ -12,13 +12,13 @@ constexpr float kRoots[16] = {
     0.960919797f, 0.958377779f, 0.957106769f, 0.957163095f, 0.958605409f, 0.961495161f,
     0.965896428f, 0.971876085f, 0.979504049f, 0.988853276f};
 
-// factor * e^x for x <= 0, relative error under 2^-20 down to x = -20, where a power no longer counts; x below -86 count as
+// factor * e^x for x <= 0, given the table of kRoots, relative error under 2^-20 down to x = -20, where a power no longer counts; x below -86 count as
 // that, so that no power is a denormal.
 //
 // e^x = 2^(w + part), w being x / ln 2 to the nearest 1/16. A parabola gives 2^part. A shifter of 2^-4 the weight leaves
 // sixteenths in the low bits of its sum: the last four of them name a root of 2, the others are added to its exponent.
 template <class V>
-MPTQC_INLINE typename V::F power_of_e(typename V::F x, float factor) {
+MPTQC_INLINE typename V::F power_of_e(const typename V::Table& roots, typename V::F x, float factor) {
   const auto inverse_ln2 = V::set(1.44269504f), shifter = V::set(kShifter / 16);
   x = V::maximum(x, V::set(-86.0f));
   const auto shifted = V::multiply_add(x, inverse_ln2, shifter);
@@ -26,7 +26,7 @@ MPTQC_INLINE typename V::F power_of_e(typename V::F x, float factor) {
   auto power = V::multiply_add(back, V::set(0.240226254f * factor), V::set(-0.693187952f * factor));
   power = V::multiply_add(back, power, V::set(factor));
   const auto bits = V::as_int(shifted);
-  return V::multiply(power, V::as_float(V::add(V::as_int(V::look_up(kRoots, bits)), V::shift_left(bits, 19))));
+  return V::multiply(power, V::as_float(V::add(V::as_int(V::look_up(roots, bits)), V::shift_left(bits, 19))));
 }
 
 // What a GELU is short of max(x, 0), for u = |x|, in 16 segments, the middle of segment i being u = i / segments_per_unit:
@@ -35,6 +35,17 @@ MPTQC_INLINE typename V::F power_of_e(typename V::F x, float factor) {
 constexpr int kTailDegree = 4;
 struct Tail {
   float segments_per_unit, last, segments[kTailDegree + 1][16];
+};
+
+// Its tables, as a Lanes type wants them.
+template <class L>
+struct TailTables {
+  typename L::Table segments[kTailDegree + 1];
+
+  // Of no use if there is no tail.
+  explicit TailTables(const Tail* tail) {
+    for (int i = 0; tail != nullptr && i <= kTailDegree; ++i) segments[i] = typename L::Table(tail->segments[i]);
+  }
 };
 
 // -u * (1 - Phi(u)), within 2^-22: that of x/2 * (1 + erf(x/sqrt 2)).
@@ -104,14 +115,14 @@ constexpr const Tail* tail_of(int32_t activation) {
 
 // A GELU: max(x, 0), less what falls off to both sides alike.
 template <class V>
-MPTQC_INLINE typename V::F gelu(const Tail& t, typename V::F x) {
+MPTQC_INLINE typename V::F gelu(const Tail& t, const typename V::Table (&tables)[kTailDegree + 1], typename V::F x) {
   const auto size = V::minimum(V::absolute(x), V::set(t.last)), per_unit = V::set(t.segments_per_unit);
   const auto shifted = V::multiply_add(size, per_unit, V::set(kShifter));
   const auto segment = V::as_int(shifted);
   const auto back = V::subtract_product(V::subtract(shifted, V::set(kShifter)), size, per_unit);
-  auto tail = V::look_up(t.segments[0], segment);
+  auto tail = V::look_up(tables[0], segment);
   MPTQC_UNROLL
-  for (int i = 1; i <= kTailDegree; ++i) tail = V::multiply_add(tail, back, V::look_up(t.segments[i], segment));
+  for (int i = 1; i <= kTailDegree; ++i) tail = V::multiply_add(tail, back, V::look_up(tables[i], segment));
   return V::add(V::maximum(x, V::set(0.0f)), tail);
 }
 

@@ -18,12 +18,27 @@ struct LanesAvx2 {
   static constexpr int kValues = 16;
   static constexpr int kRows = 4, kVectors = 1;
   static constexpr int32_t kTaken = 0;
+  static constexpr bool kLooksUpTwo = true;
 
   struct F {
     __m256 low, high;
   };
   struct I {
     __m256i low, high;
+  };
+  // The first bytes of all entries, then the second, third and fourth, each for both halves of a register.
+  struct Table {
+    __m256i bytes[4];
+
+    Table() = default;
+    explicit Table(const float (&entry)[16]) {
+      uint8_t of_entry[16][4], apart[4][16];
+      std::memcpy(of_entry, entry, sizeof entry);
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 16; ++j) apart[i][j] = of_entry[j][i];
+        bytes[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(apart[i])));
+      }
+    }
   };
   struct Inputs {
     __m256i even, odd;
@@ -109,12 +124,26 @@ struct LanesAvx2 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
   }
-  static F look_up(const float (&table)[16], I index) { return {look_up(table, index.low), look_up(table, index.high)}; }
-  // The entry of the low eight or of the high eight, by bit 3.
-  static __m256 look_up(const float (&table)[16], __m256i index) {
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  static F look_up(const Table& table, I index) {
+    F out, same;
+    look_up(table, index, index, out, same);
+    return out;
+  }
+  // Packed as bytes, indices find a byte of each entry at a time; unpacking, which works within halves as well, joins them.
+  static void look_up(const Table& table, I first, I second, F& a, F& b) {
+    const __m256i index = _mm256_packus_epi16(index_words(first), index_words(second));
+    __m256i byte[4];
+    for (int i = 0; i < 4; ++i) byte[i] = _mm256_shuffle_epi8(table.bytes[i], index);
+    a = joined(_mm256_unpacklo_epi8(byte[0], byte[1]), _mm256_unpacklo_epi8(byte[2], byte[3]));
+    b = joined(_mm256_unpackhi_epi8(byte[0], byte[1]), _mm256_unpackhi_epi8(byte[2], byte[3]));
+  }
+  static __m256i index_words(I index) {
+    const __m256i low_bits = _mm256_set1_epi32(15);
+    return _mm256_packus_epi32(_mm256_and_si256(index.low, low_bits), _mm256_and_si256(index.high, low_bits));
+  }
+  static F joined(__m256i low_words, __m256i high_words) {
+    return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(low_words, high_words)),
+            _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_words, high_words))};
   }
   static I to_int(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
   static F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "table.h"
 #include "wide.h"
 
 namespace mptqc {
@@ -16,6 +17,8 @@ struct LanesNeon {
   static constexpr int kValues = 16;
   static constexpr int kRows = 5, kVectors = 1;  // 20 registers of sums, of 32; GCC loads the codes of all rows first
   static constexpr int32_t kTaken = 0;
+  static constexpr bool kLooksUpTwo = false;
+  using Table = TableInPlace;
   static constexpr int kParts = 4;
 
   struct F {
@@ -120,8 +123,8 @@ struct LanesNeon {
   static F absolute(F a) {
     return parts<F>([&](int i) { return vabsq_f32(a.part[i]); });
   }
-  static F look_up(const float (&table)[16], I index) {
-    const uint8x16x4_t bytes = vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table));
+  static F look_up(const Table& table, I index) {
+    const uint8x16x4_t bytes = vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table.entry));
     return parts<F>([&](int i) {
       const uint32x4_t entry = vandq_u32(vreinterpretq_u32_s32(index.part[i]), vdupq_n_u32(15));
       const uint32x4_t four = vmlaq_n_u32(vdupq_n_u32(0x03020100), entry, 0x04040404);  // the places of its bytes

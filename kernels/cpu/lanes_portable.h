@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "table.h"
+
 namespace mptqc {
 namespace {
 
@@ -15,6 +17,8 @@ struct LanesPortable {
   static constexpr int kValues = 16;
   static constexpr int kRows = 4, kVectors = 1;  // of the product's register tile
   static constexpr int32_t kTaken = 0;  // what `spread` takes off codes: 0 or 128
+  static constexpr bool kLooksUpTwo = false;  // whether `look_up` is there for two indices, as in lanes_avx2.h
+  using Table = TableInPlace;
 
   struct F {
     float lane[16];
@@ -109,9 +113,9 @@ struct LanesPortable {
     return a;
   }
   // The entry that the low 4 bits of each lane name.
-  static F look_up(const float (&table)[16], I index) {
+  static F look_up(const Table& table, I index) {
     F out;
-    for (int i = 0; i < 16; ++i) out.lane[i] = table[index.lane[i] & 15];
+    for (int i = 0; i < 16; ++i) out.lane[i] = table.entry[index.lane[i] & 15];
     return out;
   }
   // To nearest, ties to even; a < 2^22. What is below -2^22, or not a number, gives a number as low or lower.

@@ -13,10 +13,11 @@ struct LinearTask {
   const mptqc_linear& a;
   Output output;
   const Tail* const tail;  // of the activation; null: there is none
+  const TailTables<L> tables;
   float gelu_factor[kPanel];
   int32_t own_offset[kPanel];
 
-  explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output), tail(tail_of(arguments.activation)) {}
+  explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output), tail(tail_of(arguments.activation)), tables(tail) {}
 
   void run(int64_t task) {
     const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
@@ -34,7 +35,7 @@ struct LinearTask {
     if (tail != nullptr) make_gelu_factor(first_column);
     const int32_t* offset = offset_of(weight, blocks, first_column);
     // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
-    Product<L> product(a.largest_weight);
+    Product<L> product(a.span);
     Tile<Product<L>::kRows> tiles[2] = {};
     const Tile<Product<L>::kRows>* waiting = nullptr;
     int64_t waiting_row = 0;
@@ -122,7 +123,7 @@ struct LinearTask {
   }
 
   MPTQC_INLINE void finish_gelu(typename V::F x, int64_t index, int columns) const {
-    auto y = V::multiply(gelu<V>(*tail, x), V::load(gelu_factor));
+    auto y = V::multiply(gelu<V>(*tail, tables.segments, x), V::load(gelu_factor));
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
     if (!output.quantized) return V::store(static_cast<float*>(output.data) + index, y, columns);
     const auto& q = output.quantizer;

@@ -106,8 +106,8 @@ template <class L>
 struct Product {
   static constexpr int kRows = L::kRows;
 
-  // Takes the largest |weight|, 0 if not known; product_avx2.h has use for it.
-  explicit Product(int32_t = 0) {}
+  // Takes a weight's span; product_avx2.h has use for it.
+  explicit Product(int32_t) {}
 
   // Whether a panel of so many bytes is asked for ahead, since it does not stay in the first cache.
   static bool fetches(int64_t panel_bytes) { return panel_bytes > kFirstCachePanel; }

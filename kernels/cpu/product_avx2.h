@@ -1,18 +1,12 @@
 // Products with small weights (a Linear's, keys, values) on AVX2, whose vpmaddubsw adds two products in saturating 16 bits:
-// no pair of a uint8 code and a weight of 7 bits leaves them, and of fewer bits many pairs can be added there before the sum
-// is widened to 32.
+// no pair of a uint8 code and a weight of 7 bits leaves them. Of smaller weights the sums of a span of several groups of 4
+// inputs stay there too (mptqc_linear_span), so that they are widened to 32 bits once a span.
 #pragma once
 
 #include "lanes_avx2.h"
 #include "product.h"
 
 namespace mptqc {
-
-// Groups of 4 inputs whose pairs of products fit 16 bits together; 0: not even one, or not known.
-constexpr int64_t groups_in_16_bits(int32_t largest_weight) {
-  return largest_weight > 0 ? 32767 / (2 * 255 * largest_weight) : 0;
-}
-
 namespace {
 
 // One group at a time.
@@ -26,72 +20,71 @@ struct LanesAvx2Narrow : LanesAvx2Bytes {
   }
 };
 
-// Several groups at a time: sums of 16 bits in registers, those of 32 in the tile.
-struct LanesAvx2Low : LanesAvx2Narrow {};
+// One span at a time.
+struct LanesAvx2Spans : LanesAvx2Narrow {};
 
 }  // namespace
 
-// Fewer are not worth the way through the tile.
-constexpr int64_t kLeastGroups = 4;
-
-// Makes the compiler finish this value here: GCC 12 else makes all pairs first and has no registers left for their sums.
-MPTQC_INLINE __m256i in_place(__m256i x) {
-  asm("" : "+x"(x));
-  return x;
+// The span of weights of which no more is known than the largest.
+constexpr int32_t span_of_largest(int32_t largest) {
+  const int32_t groups = largest > 0 ? 32767 / (2 * 255 * largest) : 16;
+  return groups >= 16 ? 16 : groups >= 8 ? 8 : groups >= 6 ? 6 : groups < 5 ? groups : 4;
 }
 
-// tile[r] += sum_k a[r][k] * w[k] over `groups` groups of 4 inputs, whose pairs of products fit 16 bits together.
-template <int Rows>
-MPTQC_INLINE void add_groups(
-    const uint8_t* a, int64_t stride, const int8_t* block, int64_t groups, int32_t (*tile)[kPanel]) {
-  using L = LanesAvx2Low;
+// sum += x, here and in place: GCC 12 else makes all pairs of a span first and has no registers left for their sums.
+MPTQC_INLINE void add_words(__m256i& sum, __m256i x) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+
+// sum[r] += sum_k a[r][k] * w[k] over one span.
+template <int Rows, int Span>
+MPTQC_INLINE void add_span(LanesAvx2Spans::I (&sum)[Rows], const uint8_t* a, int64_t stride, const int8_t* block) {
+  using L = LanesAvx2Spans;
   __m256i low[Rows], high[Rows];
   MPTQC_UNROLL
-  for (int r = 0; r < Rows; ++r) low[r] = high[r] = _mm256_setzero_si256();
-  for (int64_t k = 0; k < groups; ++k) {
+  for (int k = 0; k < Span; ++k) {
     const L::Weights weights = L::weights(block + k * kBlockBytes);
     MPTQC_UNROLL
     for (int r = 0; r < Rows; ++r) {
       const __m256i codes = L::spread(a + r * stride + k * kBlockInputs).codes;
-      low[r] = in_place(_mm256_add_epi16(low[r], L::pairs(codes, weights.low)));
-      high[r] = in_place(_mm256_add_epi16(high[r], L::pairs(codes, weights.high)));
+      if (k == 0) {
+        low[r] = L::pairs(codes, weights.low);
+        high[r] = L::pairs(codes, weights.high);
+      } else {
+        add_words(low[r], L::pairs(codes, weights.low));
+        add_words(high[r], L::pairs(codes, weights.high));
+      }
     }
   }
   MPTQC_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    L::store(tile[r], L::add(L::load(tile[r]), L::I{L::widen(low[r]), L::widen(high[r])}));
-  }
+  for (int r = 0; r < Rows; ++r) sum[r] = L::add(sum[r], L::I{L::widen(low[r]), L::widen(high[r])});
 }
 
 // As multiply_tile, for one block.
-template <int Rows>
-void multiply_low(Codes a, Blocks w, int64_t most_groups, const int32_t* offset, int32_t (*tile)[kPanel]) {
-  for (int r = 0; r < Rows; ++r) std::memcpy(tile[r], offset, kBlockOutputs * sizeof(int32_t));
+template <int Rows, int Span>
+MPTQC_INLINE void multiply_spans(Codes a, Blocks w, const int32_t* offset, int32_t (*tile)[kPanel]) {
+  using L = LanesAvx2Spans;
+  L::I sum[Rows];
+  MPTQC_UNROLL
+  for (int r = 0; r < Rows; ++r) sum[r] = L::load(offset);
   const int64_t groups = a.width / kBlockInputs, rest = a.width % kBlockInputs;
-  for (int64_t k = 0; k < groups; k += most_groups) {
-    const int64_t some = least(most_groups, groups - k);
-    add_groups<Rows>(a.data + k * kBlockInputs, a.stride, w.data + k * kBlockBytes, some, tile);
+  int64_t k = 0;
+  for (; k + Span <= groups; k += Span) {
+    add_span<Rows, Span>(sum, a.data + k * kBlockInputs, a.stride, w.data + k * kBlockBytes);
   }
-  if (rest == 0) return;
-  uint8_t last[Rows][kBlockInputs] = {};
-  for (int r = 0; r < Rows; ++r) std::memcpy(last[r], a.data + r * a.stride + groups * kBlockInputs, rest);
-  add_groups<Rows>(last[0], kBlockInputs, w.data + groups * kBlockBytes, 1, tile);
-}
-
-template <int Rows>
-void multiply_low_rows(
-    int rows, Codes a, Blocks w, int64_t most_groups, const int32_t* offset, int32_t (*tile)[kPanel]) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return multiply_low_rows<Rows - 1>(rows, a, w, most_groups, offset, tile);
+  for (; k < groups; ++k) add_span<Rows, 1>(sum, a.data + k * kBlockInputs, a.stride, w.data + k * kBlockBytes);
+  if (rest > 0) {
+    uint8_t last[Rows][kBlockInputs] = {};
+    for (int r = 0; r < Rows; ++r) std::memcpy(last[r], a.data + r * a.stride + groups * kBlockInputs, rest);
+    add_span<Rows, 1>(sum, last[0], kBlockInputs, w.data + groups * kBlockBytes);
   }
-  multiply_low<Rows>(a, w, most_groups, offset, tile);
+  MPTQC_UNROLL
+  for (int r = 0; r < Rows; ++r) L::store(tile[r], sum[r]);
 }
 
 template <>
-struct Product<LanesAvx2Low> {
-  static constexpr int kRows = LanesAvx2Low::kRows;
+struct Product<LanesAvx2Spans> {
+  static constexpr int kRows = LanesAvx2Spans::kRows;
 
-  explicit Product(int32_t largest_weight) : most_groups(groups_in_16_bits(largest_weight)) {}
+  explicit Product(int32_t span) : multiply_panel(function_of(span)) {}
 
   static bool fetches(int64_t) { return false; }
 
@@ -99,14 +92,51 @@ struct Product<LanesAvx2Low> {
   void multiply(
       int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile, const Beside& beside) {
     beside(0, 1);
+    multiply_panel(rows, blocks, a, w, offset, tile);
+  }
+
+ private:
+  using Function = void (*)(int rows, int blocks, Codes, Blocks, const int32_t* offset, Tile<kRows>&);
+
+  // Three rows have 6 registers for sums of 16 bits and 6 for those of 32. The block is in the first cache for the next three.
+  template <int Span>
+  static void multiply_threes(int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile) {
+    for_blocks(blocks, w, tile, [&](int block, Blocks part, int32_t(*to)[kPanel]) {
+      Codes some = a;
+      int left = rows;
+      for (; left >= 3; left -= 3, some.data += 3 * a.stride, to += 3) {
+        multiply_spans<3, Span>(some, part, offset + 16 * block, to);
+      }
+      if (left == 2) multiply_spans<2, Span>(some, part, offset + 16 * block, to);
+      if (left == 1) multiply_spans<1, Span>(some, part, offset + 16 * block, to);
+    });
+  }
+
+  static void multiply_sixes(int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile) {
+    for_blocks(blocks, w, tile, [&](int block, Blocks part, int32_t(*to)[kPanel]) {
+      multiply_rows<LanesAvx2Narrow, kRows>(rows, 1, a, part, offset + 16 * block, to);
+    });
+  }
+
+  template <class Work>
+  MPTQC_INLINE static void for_blocks(int blocks, Blocks w, Tile<kRows>& tile, const Work& work) {
     for (int block = 0; block < blocks; ++block) {
       const Blocks part = {w.data + block * w.block_bytes, w.block_bytes};
-      int32_t(*to)[kPanel] = reinterpret_cast<int32_t(*)[kPanel]>(&tile.sum[0][16 * block]);
-      multiply_low_rows<kRows>(rows, a, part, most_groups, offset + 16 * block, to);
+      work(block, part, reinterpret_cast<int32_t(*)[kPanel]>(&tile.sum[0][16 * block]));
     }
   }
 
-  int64_t most_groups;
+  static Function function_of(int32_t span) {
+    return span == 16  ? multiply_threes<16>
+           : span == 8 ? multiply_threes<8>
+           : span == 6 ? multiply_threes<6>
+           : span == 4 ? multiply_threes<4>
+           : span == 3 ? multiply_threes<3>
+           : span == 2 ? multiply_threes<2>
+                       : multiply_sixes;
+  }
+
+  Function multiply_panel;
 };
 
 }  // namespace mptqc

@@ -23,6 +23,7 @@ constexpr float kShifter = 12582912.0f;
 template <class L>
 struct Wide {
   static constexpr int kParts = kPanelBlocks, kValues = kPanel;
+  using Table = typename L::Table;
 
   struct F {
     typename L::F part[kParts];
@@ -131,10 +132,17 @@ struct Wide {
 #undef MPTQC_WIDE_2
 #undef MPTQC_WIDE_3
 
-  static F look_up(const float (&table)[16], I index) {
+  static F look_up(const Table& table, I index) {
     F out;
     MPTQC_UNROLL
-    for (int i = 0; i < kParts; ++i) out.part[i] = L::look_up(table, index.part[i]);
+    for (int i = 0; i < kParts; i += 2) {
+      if constexpr (L::kLooksUpTwo) {
+        L::look_up(table, index.part[i], index.part[i + 1], out.part[i], out.part[i + 1]);
+      } else {
+        out.part[i] = L::look_up(table, index.part[i]);
+        out.part[i + 1] = L::look_up(table, index.part[i + 1]);
+      }
+    }
     return out;
   }
   static I shift_left(I a, int bits) {

@@ -105,7 +105,7 @@ typedef struct {
   const int64_t* table; /* row r of a group of table_size goes to its output row table[r]; a permutation */
   const mptqc_quantizer* quantizer; /* null: the output is float */
   void* output; /* [rows, outputs] uint8 or float */
-  int32_t largest_weight; /* no |weight| is above it; 0: not known. Small weights are multiplied faster without VNNI */
+  int32_t span; /* the weight's, or 0: not known. Small weights are multiplied faster without VNNI */
   mptqc_rotary rotary;
 } mptqc_linear;
 
@@ -116,8 +116,9 @@ MPTQC_EXPORT mptqc_status mptqc_linear_run(mptqc_isa isa, const mptqc_linear* ar
 MPTQC_EXPORT void mptqc_linear_offset(
     const int8_t* weight, int64_t inputs, int64_t outputs, int32_t zero_point, int32_t* offset);
 
-/* The largest |weight|. */
-MPTQC_EXPORT int32_t mptqc_linear_largest_weight(const int8_t* weight, int64_t inputs, int64_t outputs);
+/* How many groups of 4 inputs can be multiplied with any codes and summed in 16 bits, the first two of each group and the last
+   two apart: 16, 8, 6, 4, 3, 2 or 1, counted off from the first input on, those that are left one by one; 0: no such number. */
+MPTQC_EXPORT int32_t mptqc_linear_span(const int8_t* weight, int64_t inputs, int64_t outputs);
 
 /* Added to the scores of an attention: float [windows, heads, rows, columns]; batch entry b takes window b % windows. */
 typedef struct {

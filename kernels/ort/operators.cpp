@@ -104,7 +104,7 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
   const Backend::Constant<int8_t> codes(weight);
   const int64_t inputs = groups_ * kBlockInputs;
   mptqc_linear_offset(codes.begin(), inputs, outputs_, code(node, "input_zero_point"), offset.data());
-  largest_weight_ = mptqc_linear_largest_weight(codes.begin(), inputs, outputs_);
+  span_ = mptqc_linear_span(codes.begin(), inputs, outputs_);
   scale_ = Backend::Array<float>(scale);
   bias_ = Backend::Array<float>(bias);
   offset_ = Backend::Array<int32_t>(offset);
@@ -126,7 +126,7 @@ mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
   arguments.scale = scale_.data();
   arguments.bias = bias_.data();
   arguments.activation = activation_;
-  arguments.largest_weight = largest_weight_;
+  arguments.span = span_;
   return arguments;
 }
 

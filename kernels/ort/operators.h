@@ -41,7 +41,7 @@ class LinearBase {
   mptqc_linear prepare(const Context& context, Shape* shape) const;
 
   Backend backend_;
-  int32_t activation_, largest_weight_;
+  int32_t activation_, span_;
   int64_t outputs_, groups_;
   Backend::Array<float> scale_, bias_;
   Backend::Array<int32_t> offset_;

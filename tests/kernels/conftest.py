@@ -50,6 +50,10 @@ class Kernels:
         )
         return checked(output)
 
+    def span(self, weight):
+        blocks = unaligned(block_weight(weight))
+        return self.library.mptqc_linear_span(POINTER(blocks.ctypes.data), *map(I64, weight.shape))
+
     def linear(
         self, a, weight, weight_scale, bias, *, input_scale, input_zero_point, activation="none", multiplier=None,
         residual=None, rows=None, quantizer=None, weight_is_known=True, rotary=None,
@@ -63,10 +67,6 @@ class Kernels:
         self.library.mptqc_linear_offset(
             POINTER(blocks.ctypes.data), I64(inputs), I64(outputs), I32(input_zero_point), POINTER(offset.ctypes.data)
         )
-        largest_weight = self.library.mptqc_linear_largest_weight(
-            POINTER(blocks.ctypes.data), I64(inputs), I64(outputs)
-        )
-        assert largest_weight == np.abs(weight.astype(np.int32)).max(initial=0)
         a = unaligned(a)
         shape = (*a.shape[:-1], outputs) if residual is None else residual.shape
         output = guarded(shape, np.float32 if quantizer is None else np.uint8)
@@ -80,7 +80,7 @@ class Kernels:
             None if multiplier is None else multiplier.ctypes.data,
             None if residual is None else residual.ctypes.data, 0 if rows is None else rows.size,
             None if rows is None else rows.ctypes.data, c_output, address(output),
-            largest_weight if weight_is_known else 0, Rotary() if rotary is None else c_rotary(*tables),
+            self.span(weight) if weight_is_known else 0, Rotary() if rotary is None else c_rotary(*tables),
         )  # fmt: skip
         self.run("linear", arguments)
         return checked(output)

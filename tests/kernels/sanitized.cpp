@@ -110,7 +110,7 @@ void linear() {
   arguments.table_size = rows;
   arguments.table = rows_table.data();
   arguments.quantizer = quantized ? &output : nullptr;
-  arguments.largest_weight = mptqc_linear_largest_weight(blocks, inputs, outputs);
+  arguments.span = mptqc_linear_span(blocks, inputs, outputs);
   const int64_t width = int64_t{2} << size(0, 5), tokens = generator() % 2 == 0 ? rows : 1;
   const auto cosine = floats(tokens * MPTQC_PANEL), sine = floats(tokens * MPTQC_PANEL);
   if (rows > 0 && outputs % width == 0 && generator() % 2 == 0) {

@@ -140,6 +140,48 @@ def test_linear_of_small_weights_is_exact_at_their_limit(kernels, largest, rows,
         assert np.array_equal(actual, expected)
 
 
+SPANS = (16, 8, 6, 4, 3, 2, 1)
+
+
+def longest_span(weight):
+    groups = weight.shape[0] // 4
+    pairs = weight[: 4 * groups].astype(int).reshape(groups, 2, 2, -1)
+    sums = np.stack([np.maximum(pairs, 0).sum(2), np.maximum(-pairs, 0).sum(2)])
+
+    def fits(span):
+        starts = [*range(0, groups - groups % span, span), *range(groups - groups % span, groups)]
+        return np.add.reduceat(sums, starts, axis=1).max() * 255 < 2**15
+
+    return next((span for span in SPANS if fits(span)), 0)
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 32, 64, 127])
+def test_span_is_the_longest_that_fits(kernels, size):
+    generator = np.random.default_rng(size)
+    for spread in (size / 12, size / 6, size / 3):
+        weight = np.clip(np.rint(generator.normal(0, spread, (4 * 41, 23))), -size, size).astype(np.int8)
+        assert kernels.span(weight) == longest_span(weight)
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 200), (5, 131), (8, 64)])
+def test_sums_of_a_span_may_fill_16_bits(kernels, span, rows, inputs):
+    """255 * 128 still fits: 64 in the first and in the last group of each span, -64 for other inputs and outputs."""
+    weight = np.zeros((inputs, 37), np.int8)
+    for first in range(0, inputs - 4 * span + 1, 4 * span):
+        last = first + 4 * span - 4
+        weight[[first, last + 1], ::2] = 64
+        weight[[first + 2, last + 3], 1::3] = -64
+    a = np.full((rows, inputs), 255, np.uint8)
+    a[:, 7] = 3
+    ones, zeros = np.ones(37, np.float32), np.zeros(37, np.float32)
+    for extra in (0, 1):
+        weight[0, 4] = 64 + extra
+        assert kernels.span(weight) == (span if extra == 0 else longest_span(weight)) and longest_span(weight) <= span
+        actual = kernels.linear(a, weight, ones, zeros, input_scale=1.0, input_zero_point=0)
+        assert np.array_equal(actual, a.astype(np.float32) @ weight.astype(np.float32))
+
+
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS[1:])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_linear_with_gelu(kernels, kernels_of, quantizer, activation):
@@ -223,10 +265,10 @@ def test_attention(kernels, kernels_of, shape, p_quantizer, added, row_scale):
         assert_context_of(actual, p, v, p_quantizer)
 
 
-@pytest.mark.parametrize("largest", [1, 63, 64, 65, 127])
+@pytest.mark.parametrize("largest", [1, 4, 5, 8, 9, 10, 11, 16, 17, 21, 22, 32, 33, 63, 64, 65, 127])
 @pytest.mark.parametrize("shape", [(1, 3, 7, 5, 6, 18), (2, 2, 17, 17, 40, 32), (1, 1, 131, 66, 33, 65)])
 def test_attention_of_small_keys_and_values_is_exact_at_their_limit(kernels, kernels_of, shape, largest):
-    """Codes that lie `largest` from 128 at most, most of them just there, beside queries of the largest codes."""
+    """Codes that lie `largest` from 128 at most, most of them just there, beside queries and codes of P that are large."""
     batch, heads, rows, columns, width, value_width = shape
     generator = np.random.default_rng(largest)
     q = generator.choice(np.array([0, 254, 255], np.uint8), (batch, rows, heads * width), p=[0.01, 0.01, 0.98])
@@ -234,10 +276,13 @@ def test_attention_of_small_keys_and_values_is_exact_at_their_limit(kernels, ker
         generator.choice(np.array([128 - largest, 128, 128 + largest], np.uint8), (batch, columns, heads * each))
         for each in (width, value_width)
     )
-    k[:, 0], k[:, 1], v[:, 0], v[:, 1] = 128 - largest, 128 + largest, 128 - largest, 128 + largest
+    k[:, 0], k[:, 1], v[..., ::2], v[..., 1::5] = 128 - largest, 128 + largest, 128 - largest, 128 + largest
     scales = replace(SCALES, k_scale=SCALES.k_scale / largest)
-    arguments = (q, k, v, heads, scales, PROBABILITIES[0])
-    assert np.array_equal(kernels.attention(*arguments), kernels_of("portable").attention(*arguments))
+    for keys in (k, np.full_like(k, 128 + largest)):  # equal scores give a P of 255 alone where rows are scaled
+        arguments = (q, keys, v, heads, scales, PROBABILITIES[0])
+        for row_scale in (False, True):
+            actual = kernels.attention(*arguments, row_scale=row_scale)
+            assert np.array_equal(actual, kernels_of("portable").attention(*arguments, row_scale=row_scale))
 
 
 @pytest.mark.parametrize("shift", [-3.4028235e38, -1e9, -3e4, 7e4, 1e9])
