@@ -270,11 +270,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         )
         for weight, activation, trellis in (
             (8, 8, False), (6, 6, False), (5, 5, False), (4, 4, False), (3, 3, False),
-            (4, 8, True), (3, 8, True), (2, 8, True),
+            (6, 8, False), (4, 8, True), (3, 8, True), (2, 8, True),
         )
     }
 )  # fmt: skip
-"""Papers give activations as many bits as weights. The last three are those to deploy: fewer bits of activations make a
+"""Papers give activations as many bits as weights. The last four are those to deploy: fewer bits of activations make a
 file neither smaller nor faster."""
 
 

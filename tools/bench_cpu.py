@@ -29,13 +29,12 @@ from peers import OpenVino, write_dynamic_int8, write_nncf_int8, write_static_in
 from resident_memory import resident_bytes_of
 
 import mptqc
-from mptqc import api
 from mptqc.cli.progress import progress
 from mptqc.data.load import load_samples
 from mptqc.data.samples import Samples
 from mptqc.errors import MptqcError
 from mptqc.export.timm_models import export_timm
-from mptqc.graph.io import save_model
+from mptqc.recipe import Target
 from mptqc.runtime.benchmark import Clock, TimedRun, interleaved, timed_run
 from mptqc.runtime.library import chosen_isa, find_library, load_library
 from mptqc.runtime.machine import core_count, cpu_features, cpu_info, processor_name
@@ -50,7 +49,18 @@ MODELS: Mapping[str, str] = MappingProxyType(
     }
 )
 FLOAT, NATIVE, NNCF = "float32", "cpu-native", "NNCF"
-FORMS = (FLOAT, "ORT static", "ORT dynamic", "portable", "cpu", NATIVE, "portable W4A4", "cpu-native W4A4")
+OUR_FORMS: Mapping[str, tuple[str, Target]] = MappingProxyType(
+    {
+        "portable": ("w8a8", Target.PORTABLE),
+        "cpu": ("w8a8", Target.CPU),
+        NATIVE: ("w8a8", Target.CPU_NATIVE),
+        "cpu-native W6A8": ("w6a8", Target.CPU_NATIVE),
+        "portable W4A4": ("w4a4", Target.PORTABLE),
+        "cpu-native W4A4": ("w4a4", Target.CPU_NATIVE),
+    }
+)
+"""What mptqc compiles them with."""
+FORMS = (FLOAT, "ORT static", "ORT dynamic", *OUR_FORMS)
 OPENVINO_FORMS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"OpenVINO float32": (FLOAT, "f32"), "OpenVINO bf16": (FLOAT, "bf16"), "OpenVINO NNCF int8": (NNCF, "f32")}
 )
@@ -163,15 +173,11 @@ def make_missing(files: Mapping[str, Path], model: str) -> None:
         write_static_int8(original, files["ORT static"], calibration(original), "images")
     if not files["ORT dynamic"].is_file():
         write_dynamic_int8(original, files["ORT dynamic"])
-    for suffix, preset in (("", "w8a8"), (" W4A4", "w4a4")):
-        portable = files[f"portable{suffix}"]
-        if not portable.is_file():
+    for form, (preset, target) in OUR_FORMS.items():
+        if not files[form].is_file():
             calibration(original)
-            mptqc.compile(original, images_of(original), preset=preset, options=dict(QUICK)).save(portable)
-        for target in ("cpu", "cpu-native"):
-            lowered = files.get(f"{target}{suffix}")
-            if lowered is not None and not lowered.is_file():
-                save_model(api.lower(portable, target=target).model, lowered)
+            options = {**QUICK, "target": target}
+            mptqc.compile(original, images_of(original), preset=preset, options=options).save(files[form])
 
 
 def make_nncf(original: Path, folder: Path) -> Path:

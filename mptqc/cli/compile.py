@@ -22,7 +22,7 @@ def compile(
         Path, typer.Option("--calibration", help="A folder of images, an .npz (images or the input's name), an .npy.")
     ],
     preset: Annotated[
-        str | None, typer.Option("--preset", help="w8a8, w6a6, w5a5, w4a4, w3a3, w4a8, w3a8, w2a8.")
+        str | None, typer.Option("--preset", help="w8a8, w6a6, w5a5, w4a4, w3a3, w6a8, w4a8, w3a8, w2a8.")
     ] = None,
     effort: Annotated[
         str,

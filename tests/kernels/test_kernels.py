@@ -268,7 +268,7 @@ def test_attention(kernels, kernels_of, shape, p_quantizer, added, row_scale):
 @pytest.mark.parametrize("largest", [1, 4, 5, 8, 9, 10, 11, 16, 17, 21, 22, 32, 33, 63, 64, 65, 127])
 @pytest.mark.parametrize("shape", [(1, 3, 7, 5, 6, 18), (2, 2, 17, 17, 40, 32), (1, 1, 131, 66, 33, 65)])
 def test_attention_of_small_keys_and_values_is_exact_at_their_limit(kernels, kernels_of, shape, largest):
-    """Codes that lie `largest` from 128 at most, most of them just there, beside queries and codes of P that are large."""
+    """Codes that lie `largest` from 128 at most, most of them just there; queries and codes of P are large."""
     batch, heads, rows, columns, width, value_width = shape
     generator = np.random.default_rng(largest)
     q = generator.choice(np.array([0, 254, 255], np.uint8), (batch, rows, heads * width), p=[0.01, 0.01, 0.98])
