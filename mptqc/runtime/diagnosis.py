@@ -25,7 +25,8 @@ BROKEN = "does not work"
 
 SATURATION_WARNING = (
     "this processor has AVX2 without VNNI: ONNX Runtime adds pairs of uint8 x int8 products in saturating 16 bits. "
-    "Models that mptqc compiles are exact here too, unless with --full-range; 8-bit models of other tools may not be."
+    "Models that mptqc compiles are exact here too, unless with --full-range; 8-bit models of other tools may not be. "
+    "mptqc's kernels multiply weights of 6 bits faster than those of 8 here: --preset w6a8 --target cpu-native."
 )
 
 
