@@ -1,5 +1,7 @@
 #include "arguments.h"
 
+#include <algorithm>
+
 #include "sizes.h"
 
 namespace mptqc {
@@ -26,20 +28,22 @@ bool is_sound(const mptqc_rotary& rotary, const mptqc_linear& a) {
          a.residual == nullptr && a.table_size == 0;
 }
 
-// Whether sums over `groups` groups of one block fit 16 bits whatever the codes.
+// Whether sums over at most 16 groups of one block fit 16 bits whatever the codes: 255 times the positive weights of each two
+// inputs, and 255 times the negative ones. 16 bits, so that compilers take many at once.
 bool fits_in_16_bits(const int8_t* block, int64_t groups) {
   constexpr int64_t kPairs = kBlockBytes / 2;
-  int32_t highest[kPairs] = {}, lowest[kPairs] = {};
+  int16_t positive[kPairs] = {}, negative[kPairs] = {}, largest = 0;
   for (int64_t k = 0; k < groups; ++k) {
-    for (int64_t i = 0; i < kBlockBytes; ++i) {
-      const int32_t weight = block[k * kBlockBytes + i];
-      highest[i / 2] += weight > 0 ? 255 * weight : 0;
-      lowest[i / 2] += weight < 0 ? 255 * weight : 0;
+    for (int64_t i = 0; i < kPairs; ++i) {
+      const int16_t first = block[k * kBlockBytes + 2 * i], second = block[k * kBlockBytes + 2 * i + 1];
+      positive[i] = static_cast<int16_t>(positive[i] + std::max<int16_t>(first, 0) + std::max<int16_t>(second, 0));
+      negative[i] = static_cast<int16_t>(negative[i] + std::min<int16_t>(first, 0) + std::min<int16_t>(second, 0));
     }
   }
-  for (int64_t i = 0; i < kPairs; ++i)
-    if (highest[i] > INT16_MAX || lowest[i] < INT16_MIN) return false;
-  return true;
+  for (int64_t i = 0; i < kPairs; ++i) {
+    largest = std::max({largest, positive[i], static_cast<int16_t>(-negative[i])});
+  }
+  return 255 * largest <= INT16_MAX;
 }
 
 bool fits_in_spans(const int8_t* block, int64_t groups, int64_t span) {
