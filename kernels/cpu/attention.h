@@ -238,10 +238,11 @@ struct AttentionTask {
   template <class Work>
   MPTQC_INLINE F powers(int r, float top, float factor, const Work& work) const {
     auto total = V::set(0.0f);
+    const auto table = roots;  // here it can stay in registers, as no store may change it
     const float* score = scores_of(r);
     for_columns([&](auto u, int64_t c) {
       using U = decltype(u);
-      const auto power = power_of_e<U>(roots, U::subtract(U::load(score + c), U::set(top)), factor);
+      const auto power = power_of_e<U>(table, U::subtract(U::load(score + c), U::set(top)), factor);
       add_to(total, power);
       work(u, c, power);
     });

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "table.h"
 #include "x86.h"
 
 namespace mptqc {
@@ -17,10 +16,15 @@ struct LanesAvx512Vnni {
   static constexpr int kRows = 6, kVectors = 4;
   static constexpr int32_t kTaken = 0;
   static constexpr bool kLooksUpTwo = false;
-  using Table = TableInPlace;
 
   using F = __m512;
   using I = __m512i;
+  struct Table {
+    __m512 entry;
+
+    Table() = default;
+    explicit Table(const float (&entries)[16]) : entry(_mm512_loadu_ps(entries)) {}
+  };
   struct Inputs {
     __m512i codes;
   };
@@ -64,7 +68,7 @@ struct LanesAvx512Vnni {
   static F minimum(F a, F b) { return _mm512_min_ps(a, b); }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
   static F absolute(F a) { return _mm512_abs_ps(a); }
-  static F look_up(const Table& table, I index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table.entry)); }
+  static F look_up(const Table& table, I index) { return _mm512_permutexvar_ps(index, table.entry); }
   static I to_int(F a) { return _mm512_cvt_roundps_epi32(a, kNearest); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "table.h"
 #include "wide.h"
 
 namespace mptqc {
@@ -18,7 +17,6 @@ struct LanesNeon {
   static constexpr int kRows = 5, kVectors = 1;  // 20 registers of sums, of 32; GCC loads the codes of all rows first
   static constexpr int32_t kTaken = 0;
   static constexpr bool kLooksUpTwo = false;
-  using Table = TableInPlace;
   static constexpr int kParts = 4;
 
   struct F {
@@ -26,6 +24,12 @@ struct LanesNeon {
   };
   struct I {
     int32x4_t part[kParts];
+  };
+  struct Table {
+    uint8x16x4_t bytes;
+
+    Table() = default;
+    explicit Table(const float (&entries)[16]) : bytes(vld1q_u8_x4(reinterpret_cast<const uint8_t*>(entries))) {}
   };
   struct Weights {
     int8x16_t part[kParts];
@@ -124,11 +128,10 @@ struct LanesNeon {
     return parts<F>([&](int i) { return vabsq_f32(a.part[i]); });
   }
   static F look_up(const Table& table, I index) {
-    const uint8x16x4_t bytes = vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table.entry));
     return parts<F>([&](int i) {
       const uint32x4_t entry = vandq_u32(vreinterpretq_u32_s32(index.part[i]), vdupq_n_u32(15));
       const uint32x4_t four = vmlaq_n_u32(vdupq_n_u32(0x03020100), entry, 0x04040404);  // the places of its bytes
-      return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(four)));
+      return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_u32(four)));
     });
   }
   static I to_int(F a) {

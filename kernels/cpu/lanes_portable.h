@@ -8,8 +8,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "table.h"
-
 namespace mptqc {
 namespace {
 
@@ -18,13 +16,19 @@ struct LanesPortable {
   static constexpr int kRows = 4, kVectors = 1;  // of the product's register tile
   static constexpr int32_t kTaken = 0;  // what `spread` takes off codes: 0 or 128
   static constexpr bool kLooksUpTwo = false;  // whether `look_up` is there for two indices, as in lanes_avx2.h
-  using Table = TableInPlace;
 
   struct F {
     float lane[16];
   };
   struct I {
     int32_t lane[16];
+  };
+  // Sixteen values to look up.
+  struct Table {
+    const float* entry;
+
+    Table() = default;
+    explicit Table(const float (&entries)[16]) : entry(entries) {}
   };
   struct Inputs {
     uint8_t code[4];
