@@ -12,8 +12,8 @@ constexpr float kRoots[16] = {
     0.960919797f, 0.958377779f, 0.957106769f, 0.957163095f, 0.958605409f, 0.961495161f,
     0.965896428f, 0.971876085f, 0.979504049f, 0.988853276f};
 
-// factor * e^x for x <= 0, given the table of kRoots, relative error under 2^-20 down to x = -20, where a power no longer counts; x below -86 count as
-// that, so that no power is a denormal.
+// factor * e^x for x <= 0, given the table of kRoots. Its relative error is under 2^-20 down to x = -20, where a power no
+// longer counts; x below -86 count as that, so that no power is a denormal.
 //
 // e^x = 2^(w + part), w being x / ln 2 to the nearest 1/16. A parabola gives 2^part. A shifter of 2^-4 the weight leaves
 // sixteenths in the low bits of its sum: the last four of them name a root of 2, the others are added to its exponent.

@@ -32,12 +32,17 @@ struct LanesAvx2 {
 
     Table() = default;
     explicit Table(const float (&entry)[16]) {
-      uint8_t of_entry[16][4], apart[4][16];
-      std::memcpy(of_entry, entry, sizeof entry);
+      const __m128i apart = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      __m128i four[4];  // entries each: word i has their bytes i
       for (int i = 0; i < 4; ++i) {
-        for (int j = 0; j < 16; ++j) apart[i][j] = of_entry[j][i];
-        bytes[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(apart[i])));
+        four[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entry + 4 * i)), apart);
       }
+      const __m128i low = _mm_unpacklo_epi32(four[0], four[1]), next_low = _mm_unpacklo_epi32(four[2], four[3]);
+      const __m128i high = _mm_unpackhi_epi32(four[0], four[1]), next_high = _mm_unpackhi_epi32(four[2], four[3]);
+      bytes[0] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(low, next_low));
+      bytes[1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(low, next_low));
+      bytes[2] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(high, next_high));
+      bytes[3] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(high, next_high));
     }
   };
   struct Inputs {

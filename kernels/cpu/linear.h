@@ -17,7 +17,11 @@ struct LinearTask {
   float gelu_factor[kPanel];
   int32_t own_offset[kPanel];
 
-  explicit LinearTask(const mptqc_linear& arguments) : a(arguments), output(arguments.quantizer, arguments.output), tail(tail_of(arguments.activation)), tables(tail) {}
+  explicit LinearTask(const mptqc_linear& arguments)
+      : a(arguments),
+        output(arguments.quantizer, arguments.output),
+        tail(tail_of(arguments.activation)),
+        tables(tail) {}
 
   void run(int64_t task) {
     const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
