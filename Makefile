@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_FOLDER ?= mptqc-demo
-PYTEST_OPTIONS ?=
+PYTEST_OPTIONS ?= --numprocesses 2 --dist loadfile
 
 bin := $(VENV)/bin
 install := $(bin)/python -m pip install --disable-pip-version-check --constraint constraints.txt

@@ -161,6 +161,7 @@ setup(
         "plot": ["matplotlib>=3.9"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "hypothesis>=6",
             "ruff",
             "mypy",
