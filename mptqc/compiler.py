@@ -42,6 +42,7 @@ from mptqc.passes.lower_to_native import LowerToNative
 from mptqc.passes.lower_to_tensorrt import LowerToTensorRt
 from mptqc.passes.mark_tensors import MarkTensors
 from mptqc.passes.pack_weights import PackWeights
+from mptqc.passes.part_gates import PartGates
 from mptqc.passes.part_heads import PartHeads
 from mptqc.passes.prune_tokens import PruneTokens
 from mptqc.passes.quantize_attentions import QuantizeAttentions
@@ -215,7 +216,7 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
         )
     UnfoldPatches(concrete_shapes(model))(model)
     PartHeads(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
-    for make in (FoldAffine, CanonicaliseRotary, SeparateProjections):
+    for make in (FoldAffine, CanonicaliseRotary, SeparateProjections, PartGates):
         make(concrete_shapes(model))(model)
     JoinHeads(concrete_shapes(model, batch=2))(model)
     StampSites(concrete_shapes(model))(model)
@@ -321,8 +322,8 @@ def lower(model: ir.Model, recipe: Recipe) -> None:
         case Target.CPU:
             LowerToCpu()(model)
         case Target.CPU_NATIVE | Target.CUDA:
-            rotates = recipe.target is Target.CPU_NATIVE
-            LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2), rotates)(model)
+            whole = recipe.target is Target.CPU_NATIVE
+            LowerToNative(concrete_shapes(model), concrete_shapes(model, batch=2), whole)(model)
         case Target.TENSORRT:
             LowerToTensorRt()(model)
             check_onnx(model)

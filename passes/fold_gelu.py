@@ -1,9 +1,11 @@
-"""Divide the channels of a GELU's output by s; give the inverse to every Linear that reads it.
+"""Divide the channels of a GELU's output, or of a gated product, by s; give the inverse to every Linear that reads it.
 
-y = Gelu(x),  z = yW + B      =>      y' = Gelu(x)·(1/s),  W' = diag(s)·W
+y = Gelu(x),  z = yW + B              =>      y' = Gelu(x)·(1/s),  W' = diag(s)·W
+y = silu(g)·(xV + b),  z = yW + B     =>      V' = V·diag(1/s),  b' = b/s,  W' = diag(s)·W
 
-s [K]; W [K, N]. Exact in real arithmetic. GELU is not linear, so that 1/s costs a Mul (the kernel library takes it into
-the product before). A planned GELU that is scaled already is refused: a second run would scale it twice.
+s [K]; W [K, N]; V [C, K]; b [K]. Exact in real arithmetic. GELU is not linear, so that 1/s costs a Mul (the kernel
+library takes it into the product before); a gated product costs nothing. A planned GELU that is scaled already is
+refused: a second run would scale it twice. (A gated product would take a second scale in as it did the first.)
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from mptqc.plan import QuantPlan
 
 @dataclass(frozen=True)
 class FoldGelu(Pass):
-    """Put the plan's scales between GELUs and their Linears."""
+    """Put the plan's scales between GELUs or gated products and their Linears."""
 
     name: ClassVar[str] = "fold-gelu"
     requires: ClassVar[tuple[Stage, ...]] = (Stage.SMOOTHED,)
@@ -40,8 +42,8 @@ class FoldGelu(Pass):
         missing = [fold.site for fold in self.plan.gelu_folds if fold.site not in activations]
         if missing:
             raise PlanError(
-                f"the plan scales the input of {', '.join(missing)}, which is no GELU's output in the model; the plan "
-                "belongs to another model"
+                f"the plan scales the input of {', '.join(missing)}, which is no output of a GELU or gate in the "
+                "model; the plan belongs to another model"
             )
         found = [(activations[fold.site], self._scale(activations[fold.site])) for fold in self.plan.gelu_folds]
         for activation, scale in found:
@@ -54,15 +56,19 @@ class FoldGelu(Pass):
 
 
 def _fold(activation: Activation, scale: NDArray[np.float32]) -> None:
-    graph, output = activation.gelu.graph, activation.output
+    for linear in activation.linears:
+        set_initializer(linear.matmul, 1, (scale[:, None] * linear.weight).astype(np.float32))
+    if activation.gated is not None:
+        set_initializer(activation.gated.matmul, 1, (activation.gated.weight / scale).astype(np.float32))
+        set_initializer(activation.gated.add, activation.gated.bias_index, activation.gated.bias / scale)
+        return
+    graph, output = activation.node.graph, activation.output
     assert isinstance(graph, ir.Graph)
     readers = list(output.uses())
     inverse = add_initializer(graph, f"{activation.site}/inverse_input_scale", 1 / scale)
     scaled = ir.node("Mul", [output, inverse], name=f"{activation.site}/scaled_input")
     scaled.outputs[0].name = f"{activation.site}/scaled_input"
     scaled.outputs[0].shape, scaled.outputs[0].type = output.shape, output.type
-    graph.insert_after(activation.gelu, scaled)
+    graph.insert_after(activation.node, scaled)
     for use in readers:
         use.node.replace_input_with(use.idx, scaled.outputs[0])
-    for linear in activation.linears:
-        set_initializer(linear.matmul, 1, (scale[:, None] * linear.weight).astype(np.float32))

@@ -5,6 +5,7 @@
     quantizer -> unfolded patches                                                       =>  QuantizePatches
     integer product -> Gelu (-> Mul) -> quantizer, or -> movement of rows -> Add(residual)       =>  Linear(Quantize)
     integer product -> heads -> ·cos + swapped halves·sin -> quantizer                  =>  LinearQuantize
+    integer product -> Mul(another branch) (-> quantizer)                               =>  Linear(Quantize)
 
 Each is found in the graph that the one before leaves. What an operator cannot express keeps its portable form, and the
 model's metadata says why (`lowering_report`). A second run is refused by its stage.
@@ -33,17 +34,9 @@ from mptqc.graph.integer_products import IntegerProduct, find_integer_products, 
 from mptqc.graph.layout import Shapes
 from mptqc.graph.match import Norm, find_norms
 from mptqc.graph.native_attention import SIDE_BY_SIDE, AttentionPattern, Operand, match_attention
+from mptqc.graph.native_linear import LinearPattern, match_linear, rotated_heads, why_not_rotated
 from mptqc.graph.native_nodes import WEIGHT_INPUTS_KEY, Lowering, emit_blocks, emit_native, record_lowering, take_place
-from mptqc.graph.native_patterns import (
-    LinearPattern,
-    NormPattern,
-    PatchesPattern,
-    match_linear,
-    match_norm,
-    match_patches,
-    rotated_heads,
-    why_not_rotated,
-)
+from mptqc.graph.native_patterns import NormPattern, PatchesPattern, match_norm, match_patches
 from mptqc.graph.quantizer_match import emit_unsigned
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION, PANEL, CodeAttribute
@@ -59,7 +52,7 @@ class LowerToNative(Pass):
     Attributes:
         one: the shape of every value at batch 1 (or at the model's own batch).
         two: the same at batch 2, at which it is seen that no row moves from image to image.
-        rotates: whether the target's library rotates heads.
+        whole: whether the target's library has all of docs/custom-ops.md: CUDA's rotates no heads, takes no factor.
     """
 
     name: ClassVar[str] = "lower-to-native"
@@ -67,7 +60,7 @@ class LowerToNative(Pass):
     ensures: ClassVar[Stage | None] = Stage.LOWERED
     one: Shapes
     two: Shapes
-    rotates: bool = True
+    whole: bool = True
 
     def call(self, model: ir.Model) -> PassResult:
         """Lower attentions, norms, patches and Linears, in this order.
@@ -91,7 +84,7 @@ class LowerToNative(Pass):
         linears = _matches(
             "Linear",
             _linears(model),
-            lambda linear: match_linear(linear, shapes, claimed, rotates=self.rotates),
+            lambda linear: match_linear(linear, shapes, claimed, whole=self.whole),
             refused,
         )
         refused += _gelus_apart(linears) + _rotations_apart(linears, shapes)
@@ -243,12 +236,9 @@ def _lower_linear(found: LinearPattern, shapes: Batches) -> None:
     weight = stored_weight(product)
     inputs, outputs = weight.integers.shape
     bias = build.constant("bias", np.zeros(outputs, np.float32)) if product.bias is None else product.bias
-    operands: list[ir.Value | None] = [
-        product.left,
-        emit_blocks(weight, Builder(anchor, f"{product.site}/unpack")),
-        product.right_scale,
-        bias,
-    ]
+    blocks = emit_blocks(weight, Builder(anchor, f"{product.site}/unpack"))
+    operands: list[ir.Value | None] = [product.left, blocks, product.right_scale, bias, None, None, None, None]
+    factor = None if found.factor is None else found.factor[0].inputs[found.factor[1]]
     attributes: dict[str, AttributeValue] = {
         "input_scale": found.input_scale,
         "input_zero_point": found.input_zero_point,
@@ -258,13 +248,15 @@ def _lower_linear(found: LinearPattern, shapes: Batches) -> None:
     if found.quantizer is not None:
         op_type = "LinearQuantize"
         attributes |= found.quantizer.quantizer.attributes("output")
-        operands.append(found.multiplier)
+        operands[4], operands[7] = found.multiplier, factor
         if found.rotated is not None:
-            operands += [_in_panels(table, build.graph) for table in (found.rotated.cosine, found.rotated.sine)]
-    elif found.residual is not None:
-        add, index = found.residual
-        operands.append(add.inputs[index])
-        operands.append(build.constant("rows", found.rows) if found.rows.size > 1 else None)
+            operands[5:7] = [_in_panels(table, build.graph) for table in (found.rotated.cosine, found.rotated.sine)]
+    else:
+        operands[6] = factor
+        if found.residual is not None:
+            add, index = found.residual
+            operands[4] = add.inputs[index]
+            operands[5] = build.constant("rows", found.rows) if found.rows.size > 1 else None
     node = emit_native(op_type, operands, attributes, product.site, build)
     node.metadata_props[WEIGHT_BITS_KEY] = str(weight.bits)
     node.metadata_props[WEIGHT_INPUTS_KEY] = str(inputs)

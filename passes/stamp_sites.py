@@ -1,7 +1,8 @@
 """Write a stable id on every Linear, norm, attention and convolution; the canonical form is complete after it.
 
-Ids follow the structure, since exporters rename weights: block03.qkv, block03.proj, block03.fc1, block03.fc2,
-block03.attention, block03.norm1, patch_embed, head, and linear00, norm00, conv00 for what is none of these.
+Ids follow the structure, since exporters rename weights: block03.qkv, block03.proj, block03.fc1, block03.gate,
+block03.fc2, block03.attention, block03.norm1, patch_embed, head, and linear00, norm00, conv00 for what is none of
+these.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from mptqc.graph.edit import constant_of, is_op, producer
+from mptqc.graph.blocks import match_gated
+from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
 from mptqc.graph.layout import Shapes, readers, trace
 from mptqc.graph.match import (
     SITE_KEY,
@@ -23,6 +25,8 @@ from mptqc.graph.match import (
 )
 from mptqc.graph.rotary import match_rotated
 from mptqc.passes.base import Pass, PassResult, Stage
+
+_NORMS = {"fc1": "norm2", "gate": "norm2", "fc2": "norm3"}
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,22 @@ def _name_projections(attention: Attention, prefix: str, names: dict[ir.Node, st
 def _name_mlp(
     linear: Linear, by_input: dict[ir.Node, Linear], block: int, names: dict[ir.Node, str], shapes: Shapes
 ) -> None:
-    """fc1 -> Gelu -> fc2."""
+    """fc1 -> Gelu -> fc2, or activation(gate)·fc1 (-> norm) -> fc2."""
+    prefix = f"block{max(block, 0):02d}"
     for reader in readers(linear.output, shapes):
-        if not is_op(reader.node, "Gelu") or reader.node is None:
+        gated = None if reader.node is None else match_gated(reader.node)
+        if reader.node is None or not (is_op(reader.node, "Gelu") or (gated and gated.value.matmul is linear.matmul)):
             continue
-        for second in readers(reader.node.outputs[0], shapes):
+        output = reader.node.outputs[0]
+        norm = only_consumer(output)
+        if norm is not None and is_op(norm, "LayerNormalization"):
+            output = norm.outputs[0]
+        for second in readers(output, shapes):
             if second.node in by_input and second.node not in names:
-                names[linear.matmul] = f"block{max(block, 0):02d}.fc1"
-                names[second.node] = f"block{max(block, 0):02d}.fc2"
+                names[linear.matmul] = f"{prefix}.fc1"
+                names[second.node] = f"{prefix}.fc2"
+                if gated is not None:
+                    names.setdefault(gated.gate.matmul, f"{prefix}.gate")
 
 
 def _name_ends(model: ir.Model, linears: list[Linear], names: dict[ir.Node, str], shapes: Shapes) -> None:
@@ -119,7 +131,7 @@ def _name_ends(model: ir.Model, linears: list[Linear], names: dict[ir.Node, str]
 
 
 def _name_norms(model: ir.Model, linears: dict[ir.Node, Linear], names: dict[ir.Node, str], shapes: Shapes) -> None:
-    """A norm is named after the Linear it feeds: block03.norm1 (q, k, v), block03.norm2 (fc1), head.norm, …"""
+    """A norm is named after the Linear it feeds: block03.norm1 (q, k, v), .norm2 (fc1), .norm3 (fc2), head.norm, …"""
     unnamed = 0
     for norm in find_norms(model):
         fed = [names[reader.node] for reader in readers(norm.output, shapes) if reader.node in linears]
@@ -129,7 +141,7 @@ def _name_norms(model: ir.Model, linears: dict[ir.Node, Linear], names: dict[ir.
             continue
         block, _, part = fed[0].rpartition(".")
         if block:
-            names[norm.node] = f"{block}.norm2" if part == "fc1" else f"{block}.norm1"
+            names[norm.node] = f"{block}.{_NORMS.get(part, 'norm1')}"
         else:
             names[norm.node] = f"{part}.norm"
 

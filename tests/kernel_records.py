@@ -51,6 +51,7 @@ Linear = structure(
     output=POINTER,
     span=I32,
     rotary=Rotary,
+    factor=POINTER,
 )
 Attention = structure(
     "Attention",

@@ -19,6 +19,10 @@ bool is_sound(const mptqc_addend& added, const mptqc_attention& a) {
          (added.rows == 1 || added.rows == a.rows);
 }
 
+bool is_sound_factor(const mptqc_linear& a) {
+  return a.factor == nullptr || (a.activation == MPTQC_NO_ACTIVATION && a.table_size == 0);
+}
+
 bool is_sound(const mptqc_rotary& rotary, const mptqc_linear& a) {
   if (rotary.cosine == nullptr) return true;
   const int64_t width = rotary.width;
@@ -61,8 +65,8 @@ bool is_sound(const mptqc_layer_norm& a) {
 
 bool is_sound(const mptqc_linear& a) {
   return is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms &&
-         is_table(a.table_size, a.rows) && is_sound(a.rotary, a) &&
-         a.activation >= MPTQC_NO_ACTIVATION && a.activation <= MPTQC_QUICK_GELU && is_sound(a.quantizer);
+         is_table(a.table_size, a.rows) && is_sound_factor(a) && is_sound(a.rotary, a) &&
+         a.activation >= MPTQC_NO_ACTIVATION && a.activation <= MPTQC_SILU && is_sound(a.quantizer);
 }
 
 bool is_sound(const mptqc_attention& a) {

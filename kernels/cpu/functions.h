@@ -29,7 +29,7 @@ MPTQC_INLINE typename V::F power_of_e(const typename V::Table& roots, typename V
   return V::multiply(power, V::as_float(V::add(V::as_int(V::look_up(roots, bits)), V::shift_left(bits, 19))));
 }
 
-// What a GELU is short of max(x, 0), for u = |x|, in 16 segments, the middle of segment i being u = i / segments_per_unit:
+// What a GELU, or SiLU, is short of max(x, 0), for u = |x|, in 16 segments, the middle of segment i being u = i / segments_per_unit:
 // coefficients for powers of the way back to it, in segments, the highest first. Fits at Chebyshev's nodes; from `last` on
 // there is as good as nothing left.
 constexpr int kTailDegree = 4;
@@ -105,15 +105,28 @@ constexpr Tail kQuickGeluTail = {1.8f, 8.6f, {
      -3.31302472e-05f, -1.38599298e-05f, -5.76866296e-06f},
 }};
 
+// The tail of factor * f(x / factor), given that of f.
+constexpr Tail widened(Tail tail, float factor) {
+  tail.segments_per_unit /= factor;
+  tail.last *= factor;
+  for (auto& coefficients : tail.segments)
+    for (float& each : coefficients) each *= factor;
+  return tail;
+}
+
+// -u / (1 + e^u), within 2^-16.
+constexpr Tail kSiluTail = widened(kQuickGeluTail, 1.702f);
+
 // Null: there is no activation.
 constexpr const Tail* tail_of(int32_t activation) {
   return activation == MPTQC_GELU         ? &kGeluTail
          : activation == MPTQC_GELU_TANH  ? &kTanhGeluTail
          : activation == MPTQC_QUICK_GELU ? &kQuickGeluTail
+         : activation == MPTQC_SILU       ? &kSiluTail
                                           : nullptr;
 }
 
-// A GELU: max(x, 0), less what falls off to both sides alike.
+// A GELU, or SiLU: max(x, 0), less what falls off to both sides alike.
 template <class V>
 MPTQC_INLINE typename V::F gelu(const Tail& t, const typename V::Table (&tables)[kTailDegree + 1], typename V::F x) {
   const auto size = V::minimum(V::absolute(x), V::set(t.last)), per_unit = V::set(t.segments_per_unit);

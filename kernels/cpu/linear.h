@@ -106,6 +106,7 @@ struct LinearTask {
     if (tail != nullptr) return finish_gelu(V::multiply_add(sums, scale, bias), index, columns);
     auto y = V::add(V::multiply(sums, scale), bias);
     if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
+    if (a.factor != nullptr) y = V::multiply(y, V::load(a.factor + index, columns));
     if (a.rotary.cosine != nullptr) y = rotate(y, row, column);
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
     write<V>(output, index, y, columns);

@@ -75,12 +75,13 @@ typedef struct {
 MPTQC_EXPORT int64_t mptqc_layer_norm_tasks(const mptqc_layer_norm* arguments);
 MPTQC_EXPORT mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_norm* arguments, int64_t task);
 
-/* x/2 * (1 + erf(x/sqrt 2)); x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))); x / (1 + e^(-1.702 x)) */
+/* x/2 * (1 + erf(x/sqrt 2)); x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))); x / (1 + e^(-1.702 x)); x / (1 + e^-x) */
 typedef enum {
   MPTQC_NO_ACTIVATION = 0,
   MPTQC_GELU = 1,
   MPTQC_GELU_TANH = 2,
-  MPTQC_QUICK_GELU = 3
+  MPTQC_QUICK_GELU = 3,
+  MPTQC_SILU = 4
 } mptqc_activation;
 
 /* Rotary position embedding of heads of `width` outputs, 2 to 64 and a power of two: y * cosine + y' * sine, where y' is y
@@ -90,8 +91,8 @@ typedef struct {
   const float *cosine, *sine; /* [tokens, columns]; null: there is no rotation */
 } mptqc_rotary;
 
-/* y = activation(float(sum(input * weight) + offset) * scale + bias), then * multiplier, then the rotation, then
-   + residual, then the quantizer. A rotation goes with no activation, residual or table. */
+/* y = activation(float(sum(input * weight) + offset) * scale + bias), then * multiplier, then * factor, then the rotation,
+   then + residual, then the quantizer. A factor goes with no activation or table, a rotation with no residual besides. */
 typedef struct {
   int64_t rows, inputs, outputs;
   const uint8_t* input; /* [rows, inputs] */
@@ -107,6 +108,7 @@ typedef struct {
   void* output; /* [rows, outputs] uint8 or float */
   int32_t span; /* the weight's, or 0: not known. Small weights are multiplied faster without VNNI */
   mptqc_rotary rotary;
+  const float* factor; /* [rows, outputs], or null */
 } mptqc_linear;
 
 MPTQC_EXPORT int64_t mptqc_linear_tasks(const mptqc_linear* arguments);

@@ -60,6 +60,10 @@ class Api {
     return call<Status*>(163, info, name, values, count);
   }
   Status* input_count(const KernelInfo* info, size_t* count) const { return call<Status*>(230, info, count); }
+  // The sizes of names are with their ends; an absent input's name is empty.
+  Status* input_name(const KernelInfo* info, size_t index, char* name, size_t* size) const {
+    return call<Status*>(232, info, index, name, size);
+  }
   Status* node_name(const KernelInfo* info, char* name, size_t* size) const {
     return call<Status*>(244, info, name, size);
   }

@@ -130,9 +130,11 @@ mptqc_quantizer Node::quantizer(const std::string& prefix) const {
 }
 
 bool Node::has_input(size_t index) const {
-  size_t count = 0;
+  size_t count = 0, size = 0;
   check(api_, api_.input_count(info_, &count));
-  return index < count;
+  if (index >= count) return false;
+  check(api_, api_.input_name(info_, index, nullptr, &size));
+  return size > 1;
 }
 
 Tensor Node::constant(size_t index, const char* name, size_t rank) const {

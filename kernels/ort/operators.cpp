@@ -90,9 +90,9 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
   require(bias.size() == scale.size(), "bias and W_scale differ in size");
 
   const std::string activation = node.string("activation");
-  const std::string names[] = {"none", "gelu", "gelu_tanh", "quick_gelu"};  // as mptqc_activation
+  const std::string names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "silu"};  // as mptqc_activation
   const auto* const found = std::find(std::begin(names), std::end(names), activation);
-  require(found != std::end(names), "activation must be none, gelu, gelu_tanh or quick_gelu");
+  require(found != std::end(names), "activation must be none, gelu, gelu_tanh, quick_gelu or silu");
   activation_ = static_cast<int32_t>(found - std::begin(names));
 
   const float input_scale = positive(node, "input_scale");
@@ -130,11 +130,31 @@ mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
   return arguments;
 }
 
-Linear::Linear(const Node& node, const Backend& backend) : LinearBase(node, backend), table_(node, 5) {}
+bool LinearBase::has_factor(const Node& node, size_t index) const {
+  if (!node.has_input(index)) return false;
+  require(Backend::kHasFactor, "there is no factor on this device");
+  require(activation_ == MPTQC_NO_ACTIVATION, "a factor goes with activation none");
+  return true;
+}
+
+const float* LinearBase::factor(
+    const Context& context, size_t index, const mptqc_linear& arguments, Shape* shape) const {
+  const Tensor factor = context.input(index, "factor", 1);
+  require_shape(factor.shape.last() == outputs_ && factor.shape.rows() == arguments.rows, "factor", factor,
+                "the product has shape " + text(*shape));
+  *shape = factor.shape;
+  return factor.as<float>();
+}
+
+Linear::Linear(const Node& node, const Backend& backend)
+    : LinearBase(node, backend), table_(node, 5), has_factor_(has_factor(node, 6)) {
+  require(!has_factor_ || table_.size() == 0, "a factor and rows exclude each other");
+}
 
 void Linear::run(const Context& context) const {
   Shape shape;
   mptqc_linear arguments = prepare(context, &shape);
+  if (has_factor_) arguments.factor = factor(context, 6, arguments, &shape);
   if (context.has_input(4)) {
     const Tensor residual = context.input(4, "residual", 1);
     require_shape(residual.shape.last() == outputs_ && residual.shape.rows() == arguments.rows, "residual", residual,
@@ -150,9 +170,10 @@ void Linear::run(const Context& context) const {
 }
 
 LinearQuantize::LinearQuantize(const Node& node, const Backend& backend)
-    : LinearBase(node, backend), quantizer_(node.quantizer("output")) {
-  if (node.has_input(5)) {  // then the multiplier's place is empty
+    : LinearBase(node, backend), quantizer_(node.quantizer("output")), has_factor_(has_factor(node, 7)) {
+  if (node.has_input(5)) {
     require(Backend::kHasRotary, "there is no rotation (cosine, sine) on this device");
+    require(!node.has_input(4), "multiplier and rotation exclude each other");
     require(activation_ == MPTQC_NO_ACTIVATION, "a rotation goes with activation none");
     const Tensor cosine = node.constant(5, "cosine", 3), sine = node.constant(6, "sine", 3);
     const int64_t heads = cosine.shape.size[1], width = cosine.shape.size[2], columns = heads * width;
@@ -172,7 +193,6 @@ LinearQuantize::LinearQuantize(const Node& node, const Backend& backend)
 }
 
 mptqc_rotary LinearQuantize::rotary(const Context& context, int64_t rows) const {
-  require(!context.has_input(4), "multiplier and rotation exclude each other");
   const Tensor cosine = context.input(5, "cosine", 3), sine = context.input(6, "sine", 3);
   const int64_t* size = cosine.shape.size;
   if (size[0] == 0 || rows % size[0] != 0) {
@@ -185,6 +205,7 @@ mptqc_rotary LinearQuantize::rotary(const Context& context, int64_t rows) const 
 void LinearQuantize::run(const Context& context) const {
   Shape shape;
   mptqc_linear arguments = prepare(context, &shape);
+  if (has_factor_) arguments.factor = factor(context, 7, arguments, &shape);
   if (rotates_) arguments.rotary = rotary(context, arguments.rows);
   arguments.multiplier = multiplier_.empty() ? nullptr : multiplier_.data();
   arguments.quantizer = &quantizer_;

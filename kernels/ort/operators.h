@@ -39,6 +39,10 @@ class LinearBase {
  protected:
   // The arguments but for output and residual; `shape` becomes the product's.
   mptqc_linear prepare(const Context& context, Shape* shape) const;
+  // Whether input `index`, a factor, is there.
+  bool has_factor(const Node& node, size_t index) const;
+  // What a Linear with one multiplies by: input `index`, which becomes the shape of the output.
+  const float* factor(const Context& context, size_t index, const mptqc_linear& arguments, Shape* shape) const;
 
   Backend backend_;
   int32_t activation_, span_;
@@ -54,6 +58,7 @@ class Linear : LinearBase {
 
  private:
   RowTable table_;
+  bool has_factor_;
 };
 
 class LinearQuantize : LinearBase {
@@ -66,7 +71,7 @@ class LinearQuantize : LinearBase {
 
   mptqc_quantizer quantizer_;
   Backend::Array<float> multiplier_;  // empty: none
-  bool rotates_ = false;
+  bool rotates_ = false, has_factor_;
 };
 
 // Attention and AttentionQuantize.

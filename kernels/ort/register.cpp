@@ -15,7 +15,7 @@ struct Signature {
   const char* name;
   ElementType output;
   size_t count, required;
-  ElementType inputs[7];
+  ElementType inputs[8];
 };
 
 // An operator on float16 in place of float32; X and, in a Linear, residual and output are what changes.
@@ -34,16 +34,17 @@ constexpr Signature kSignature = {};
 template <>
 constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8, 4, 3, {kFloat, kFloat, kFloat, kInt64}};
 template <>
-constexpr Signature kSignature<Linear> = {"Linear", kFloat, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64}};
+constexpr Signature kSignature<Linear> = {
+    "Linear", kFloat, 7, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64, kFloat}};
 template <>
 [[maybe_unused]] constexpr Signature kSignature<Half<LayerNormQuantize>> = {
     "LayerNormQuantize", kUint8, 4, 3, {kFloat16, kFloat, kFloat, kInt64}};
 template <>
 [[maybe_unused]] constexpr Signature kSignature<Half<Linear>> = {
-    "Linear", kFloat16, 6, 4, {kUint8, kInt8, kFloat, kFloat, kFloat16, kInt64}};
+    "Linear", kFloat16, 7, 4, {kUint8, kInt8, kFloat, kFloat, kFloat16, kInt64, kFloat}};
 template <>
 constexpr Signature kSignature<LinearQuantize> = {
-    "LinearQuantize", kUint8, 7, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kFloat, kFloat}};
+    "LinearQuantize", kUint8, 8, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat}};
 template <>
 constexpr Signature kSignature<Attention> = {"Attention", kFloat, 5, 3, {kUint8, kUint8, kUint8, kFloat, kFloat}};
 template <>

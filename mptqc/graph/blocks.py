@@ -1,4 +1,4 @@
-"""Who may be compensated: the Linears that read a norm or a GELU, and the four Linears around an attention."""
+"""Who may be compensated: what reads a norm, a GELU or a gated product, and the four Linears around an attention."""
 
 from dataclasses import dataclass
 
@@ -115,11 +115,50 @@ def _axis(node: ir.Node) -> int:
 
 
 @dataclass(frozen=True)
-class Activation:
-    """A Gelu whose channels are read by Linears alone; its site is the first one's."""
+class Gated:
+    """activation(gate)·value, as SwiGLU (SiLU) and GEGLU (GELU) have it; nothing else reads `value`."""
 
-    gelu: ir.Node
+    multiply: ir.Node
+    value: Linear
+    gate: Linear
+
+
+def match_gated(node: ir.Node) -> Gated | None:
+    """A Mul of one Linear and the activation of another."""
+    if not is_op(node, "Mul"):
+        return None
+    for value, activated in (tuple(node.inputs), tuple(node.inputs)[::-1]):
+        gating = _activated(activated)
+        linear = None if value is None else match_linear_output(value)
+        gate = None if gating is None else match_linear_output(gating)
+        if linear is not None and gate is not None and only_consumer(linear.output) is node:
+            return Gated(node, linear, gate)
+    return None
+
+
+def _activated(value: ir.Value | None) -> ir.Value | None:
+    """x, if `value` is Gelu(x) or x·Sigmoid(x)."""
+    gelu, product = producer(value, "Gelu"), producer(value, "Mul")
+    if gelu is not None:
+        return gelu.inputs[0]
+    sigmoids = [] if product is None else [producer(one, "Sigmoid") for one in product.inputs]
+    slopes = [sigmoid.inputs[0] for sigmoid in sigmoids if sigmoid is not None]
+    return slopes[0] if product is not None and slopes and slopes[0] in product.inputs else None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A Gelu or gated product whose channels are read by Linears alone; its site is the first one's.
+
+    Attributes:
+        node: the Gelu, or the Mul by a gate.
+        linears: what reads its output.
+        gated: the Linear that the gate multiplies, which takes in scales of channels; None for a Gelu.
+    """
+
+    node: ir.Node
     linears: list[Linear]
+    gated: Linear | None = None
 
     @property
     def site(self) -> str:
@@ -128,23 +167,25 @@ class Activation:
 
     @property
     def output(self) -> ir.Value:
-        """GELU's output, [.., K]."""
-        return self.gelu.outputs[0]
+        """The node's output, [.., K]."""
+        return self.node.outputs[0]
 
 
 def find_activations(model: ir.Model, shapes: Shapes) -> tuple[list[Activation], list[tuple[str, str]]]:
-    """Every Gelu that Linears read, in graph order, and (name, reason) of those that something else reads too."""
+    """Every Gelu and gated product that Linears read, and (name, reason) of those that something else reads too."""
     found, refused = [], []
     for node in model.graph:
-        if not is_op(node, "Gelu"):
+        gated = match_gated(node)
+        opens = is_op(node, "Gelu") and all(match_gated(reader) is None for reader in node.outputs[0].consumers())
+        if gated is None and not opens:
             continue
         try:
-            linears = channel_readers(node.outputs[0], f"Gelu {node.name}", model, shapes)
+            linears = channel_readers(node.outputs[0], f"{node.op_type} {node.name}", model, shapes)
         except RefusalError as error:
             refused.append((str(node.name), str(error)))
             continue
         if linears:
-            found.append(Activation(node, linears))
+            found.append(Activation(node, linears, None if gated is None else gated.value))
     return found, refused
 
 

@@ -55,11 +55,12 @@ def output_bounds(
         case "LayerNormQuantize":
             return _quantized(_layer_norm(attributes, inputs, slack), attributes)
         case "Linear":
-            a, blocks, weight_scale, bias, residual, rows = _padded(inputs, 6)
-            return _linear(attributes, (a, blocks, weight_scale, bias), slack, residual=residual, rows=rows)
+            a, blocks, weight_scale, bias, residual, rows, factor = _padded(inputs, 7)
+            after = {"residual": residual, "rows": rows, "factor": factor}
+            return _linear(attributes, (a, blocks, weight_scale, bias), slack, **after)
         case "LinearQuantize":
-            a, blocks, weight_scale, bias, multiplier, cosine, sine = _padded(inputs, 7)
-            bounds = _linear(attributes, (a, blocks, weight_scale, bias), slack, multiplier=multiplier)
+            a, blocks, weight_scale, bias, multiplier, cosine, sine, factor = _padded(inputs, 8)
+            bounds = _linear(attributes, (a, blocks, weight_scale, bias), slack, multiplier=multiplier, factor=factor)
             if cosine is not None:  # without an activation both bounds are the reference's own output
                 bounds = (rotate(bounds[0], cosine, sine), rotate(bounds[1], cosine, sine))
             return _quantized(bounds, attributes)
@@ -100,6 +101,7 @@ def _linear(
     slack: float,
     *,
     multiplier: Array | None = None,
+    factor: Array | None = None,
     residual: Array | None = None,
     rows: Array | None = None,
 ) -> Bounds:
@@ -115,6 +117,8 @@ def _linear(
         low, high = y - error, y + error
     if multiplier is not None:
         low, high = np.minimum(low * multiplier, high * multiplier), np.maximum(low * multiplier, high * multiplier)
+    if factor is not None:  # it goes with no activation: both bounds are the same
+        low = high = low.reshape(factor.shape) * factor
     if residual is not None:
         low, high = low.reshape(residual.shape) + residual, high.reshape(residual.shape) + residual
     float_type = np.float32 if residual is None else residual.dtype

@@ -33,8 +33,8 @@ ROTATED_WIDTHS = (2, 4, 8, 16, 32, 64)
 MOST_TERMS = 32768
 """The operators sum at most so many products of codes in 32 bits."""
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
-"""What a Linear may apply: nothing, x/2·(1 + erf(x/√2)), its approximation by tanh, x·σ(QUICK_GELU_FACTOR·x)."""
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
+"""What a Linear may apply: nothing, x/2·(1 + erf(x/√2)), that by tanh, x·σ(QUICK_GELU_FACTOR·x), x·σ(x)."""
 
 QUICK_GELU_FACTOR = 1.702
 
@@ -45,6 +45,7 @@ LAYER_NORM_TOLERANCE = 2.0**-17
 GELU_TOLERANCE = 2.0**-19
 """Relative to max(1, |x|), of GELU and of its approximation by tanh."""
 QUICK_GELU_TOLERANCE = 2.0**-16
+SILU_TOLERANCE = 2.0**-15
 """Relative to max(1, |x|)."""
 SOFTMAX_TOLERANCE = 2.0**-18
 """Of a probability p, or of p over its row's largest, and of that largest.
@@ -143,14 +144,16 @@ def linear(
     input_zero_point: int,
     activation: str = "none",
     multiplier: NDArray[np.float32] | None = None,
+    factor: NDArray[np.float32] | None = None,
     rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     residual: NDArray[Float] | None = None,
     rows: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float32] | NDArray[Float]:
-    """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (rotated) (+ residual), each step in float32.
+    """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (· factor) (rotated) (+ residual), in float32 steps.
 
     a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]; `rotary` as `rotate` takes it. The
-    residual's shape and type (float32 or float16, to which the sum is rounded at last), or float32 [.., N].
+    residual's shape and type (float32 or float16, to which the sum is rounded at last), or float32 of the factor's
+    shape or [.., N].
     `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
     """
     accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
@@ -159,6 +162,8 @@ def linear(
         y = activate(y, activation)
     if multiplier is not None:
         y = y * multiplier
+    if factor is not None:
+        y = y.reshape(factor.shape) * factor
     if rotary is not None:
         y = rotate(y, *rotary)
     if rows is not None:
@@ -190,7 +195,7 @@ def activate(x: NDArray[np.float32], activation: str) -> NDArray[np.float32]:
     if activation == "gelu":
         return gelu(x)
     wide = x.astype(np.float64)
-    slope = QUICK_GELU_FACTOR * wide
+    slope = wide if activation == "silu" else QUICK_GELU_FACTOR * wide
     if activation == "gelu_tanh":  # (1 + tanh(z))/2 = σ(2z)
         slope = 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
     with np.errstate(over="ignore"):
@@ -200,7 +205,7 @@ def activate(x: NDArray[np.float32], activation: str) -> NDArray[np.float32]:
 
 def activation_tolerance(activation: str) -> float:
     """How far an implementation may be off, relative to max(1, |x|)."""
-    return QUICK_GELU_TOLERANCE if activation == "quick_gelu" else GELU_TOLERANCE
+    return {"quick_gelu": QUICK_GELU_TOLERANCE, "silu": SILU_TOLERANCE}.get(activation, GELU_TOLERANCE)
 
 
 def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:

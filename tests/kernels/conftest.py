@@ -56,7 +56,7 @@ class Kernels:
 
     def linear(
         self, a, weight, weight_scale, bias, *, input_scale, input_zero_point, activation="none", multiplier=None,
-        residual=None, rows=None, quantizer=None, weight_is_known=True, rotary=None,
+        residual=None, rows=None, quantizer=None, weight_is_known=True, rotary=None, factor=None,
     ):  # fmt: skip
         inputs, outputs = weight.shape
         blocks = unaligned(block_weight(weight))
@@ -68,9 +68,9 @@ class Kernels:
             POINTER(blocks.ctypes.data), I64(inputs), I64(outputs), I32(input_zero_point), POINTER(offset.ctypes.data)
         )
         a = unaligned(a)
-        shape = (*a.shape[:-1], outputs) if residual is None else residual.shape
+        shape = next((x.shape for x in (residual, factor) if x is not None), (*a.shape[:-1], outputs))
         output = guarded(shape, np.float32 if quantizer is None else np.uint8)
-        residual = None if residual is None else unaligned(residual)
+        residual, factor = (None if array is None else unaligned(array) for array in (residual, factor))
         multiplier = None if multiplier is None else unaligned(np.pad(multiplier, padding))
         c_output = None if quantizer is None else ctypes.pointer(c_quantizer(quantizer))
         tables = [] if rotary is None else [unaligned(table) for table in rotary]
@@ -81,6 +81,7 @@ class Kernels:
             None if residual is None else residual.ctypes.data, 0 if rows is None else rows.size,
             None if rows is None else rows.ctypes.data, c_output, address(output),
             self.span(weight) if weight_is_known else 0, Rotary() if rotary is None else c_rotary(*tables),
+            None if factor is None else factor.ctypes.data,
         )  # fmt: skip
         self.run("linear", arguments)
         return checked(output)

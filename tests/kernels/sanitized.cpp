@@ -88,7 +88,7 @@ void linear() {
   auto weight = codes(blocked * ((inputs + 3) / 4 * 4));
   const int bits = static_cast<int>(size(2, 8));
   for (auto& code : weight) code = static_cast<uint8_t>(static_cast<int8_t>(code) >> (8 - bits));
-  const auto residual = floats(rows * outputs), scale = floats(padded), bias = floats(padded);
+  const auto residual = floats(rows * outputs), factor = floats(rows * outputs), scale = floats(padded), bias = floats(padded);
   const auto rows_table = table(rows);
   std::vector<int32_t> offset(padded);
   const int8_t* blocks = reinterpret_cast<const int8_t*>(weight.data());
@@ -104,7 +104,7 @@ void linear() {
   arguments.offset = offset.data();
   arguments.scale = scale.data();
   arguments.bias = bias.data();
-  arguments.activation = static_cast<int32_t>(size(MPTQC_NO_ACTIVATION, MPTQC_QUICK_GELU));
+  arguments.activation = static_cast<int32_t>(size(MPTQC_NO_ACTIVATION, MPTQC_SILU));
   arguments.multiplier = generator() % 2 == 0 ? bias.data() : nullptr;
   arguments.residual = generator() % 2 == 0 ? residual.data() : nullptr;
   arguments.table_size = rows;
@@ -118,6 +118,11 @@ void linear() {
     arguments.residual = nullptr;
     arguments.table_size = 0;
     arguments.rotary = {tokens, MPTQC_PANEL, width, cosine.data(), sine.data()};
+  }
+  if (generator() % 4 == 0) {
+    arguments.activation = MPTQC_NO_ACTIVATION;
+    arguments.table_size = 0;
+    arguments.factor = factor.data();
   }
   compare("linear", arguments, rows * outputs * (quantized ? 1 : 4), mptqc_linear_tasks(&arguments), mptqc_linear_run);
 }

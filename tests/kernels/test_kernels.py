@@ -97,6 +97,21 @@ def test_linear_multiplies_its_outputs_before_it_quantizes_them(kernels, quantiz
 
 
 @pytest.mark.parametrize("quantizer", [None, *QUANTIZERS])
+@pytest.mark.parametrize("after", [(), ("multiplier",), ("residual",)])
+def test_linear_multiplies_by_a_factor_before_it_quantizes(kernels, quantizer, after):
+    generator = np.random.default_rng(6)
+    a, weight = codes(generator, 3, 9, 12), codes(generator, 12, 77).view(np.int8)
+    scale, bias = np.full(77, 1e-3, np.float32), floats(generator, 77)
+    also = {"multiplier": np.exp(floats(generator, 77)), "residual": floats(generator, 3, 9, 77)}
+    arguments = {"input_scale": 0.1, "input_zero_point": 128, "factor": floats(generator, 3, 9, 77)}
+    arguments |= {name: also[name] for name in after}
+    expected = ops.linear(a, weight, scale, bias, **arguments)
+    if quantizer is not None:
+        expected = ops.quantize_codes(quantizer, expected)
+    assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
+
+
+@pytest.mark.parametrize("quantizer", [None, *QUANTIZERS])
 @pytest.mark.parametrize(
     ("tokens", "outputs", "tables"),
     [(1, 64, (1, 64)), (5, 192, (1, 64)), (7, 96, (2, 32)), (3, 48, (4, 16)), (2, 10, (32, 2)), (4, 128, (2, 64))],

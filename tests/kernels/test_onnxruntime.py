@@ -114,6 +114,14 @@ CASES: dict[str, tuple[Any, ...]] = {
         "LinearQuantize", {"A": A}, {**LINEAR_INPUTS, "multiplier": MULTIPLIER},
         {**LINEAR, "activation": "gelu", **FOUR_REGIONS.attributes("output")},
     ),
+    "silu": (
+        "LinearQuantize", {"A": A}, LINEAR_INPUTS, {**LINEAR, "activation": "silu", **TWO_REGIONS.attributes("output")}
+    ),
+    "factor": ("Linear", {"A": A, "factor": RESIDUAL}, LINEAR_INPUTS, LINEAR, "A W W_scale bias - - factor"),
+    "factor, quantized": (
+        "LinearQuantize", {"A": A, "factor": RESIDUAL}, LINEAR_INPUTS, {**LINEAR, **UNIFORM.attributes("output")},
+        "A W W_scale bias - - - factor",
+    ),
     "rotate": (
         "LinearQuantize", {"A": A}, {**HEADS_INPUTS, **ROTATION}, {**LINEAR, **UNIFORM.attributes("output")},
         "A W W_scale bias - cosine sine",
@@ -144,6 +152,10 @@ def expected(case: str, kernels: Any) -> np.ndarray:
             *linear, **(LINEAR | {"activation": CASES[case][3]["activation"]}),
             quantizer=FOUR_REGIONS if "multiplier" in case else TWO_REGIONS,
             multiplier=MULTIPLIER if "multiplier" in case else None,
+        ),
+        "silu": lambda: kernels.linear(*linear, **(LINEAR | {"activation": "silu"}), quantizer=TWO_REGIONS),
+        "factor": lambda: kernels.linear(
+            *linear, **LINEAR, factor=RESIDUAL, quantizer=UNIFORM if "quantized" in case else None
         ),
         "rotate": lambda: kernels.linear(
             A, W[:, :64], HEADS_INPUTS["W_scale"], HEADS_INPUTS["bias"], **LINEAR, quantizer=UNIFORM,
@@ -289,6 +301,10 @@ MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
     "must fill 64 columns": rotation_of((23, 1, 32)),
     "cosine has": rotation_of((23, 2, 32), (22, 2, 32)),
     "activation none": (*CASES["rotate"][:3], CASES["rotate"][3] | {"activation": "gelu"}, CASES["rotate"][4]),
+    "a factor goes with": (*CASES["factor"][:3], LINEAR | {"activation": "silu"}, CASES["factor"][4]),
+    "a factor and rows": (
+        "Linear", CASES["factor"][1], LINEAR_INPUTS | {"rows": ROWS}, LINEAR, "A W W_scale bias - rows factor"
+    ),
     "gamma and beta": (
         "LayerNormQuantize", {"X": X}, NORM_INPUTS | {"beta": np.zeros(3, np.float32)}, CASES["norm"][3]
     ),
@@ -303,6 +319,7 @@ MALFORMED_SHAPES: dict[str, tuple[str, Arrays]] = {
     "A has shape ": ("linear", {"A": A[..., :0]}),
     "residual has shape": ("linear with residual", {"A": A, "residual": RESIDUAL[:-1]}),
     "rows has 23 entries": ("linear with rows", {"A": A[:, :-1]}),
+    "factor has shape": ("factor", {"A": A, "factor": RESIDUAL[1:]}),
     "cosine has shape": ("rotate", {"A": A[:, 1:]}),
     "X has shape": ("norm", {"X": X[..., :-1]}),
     "rows has 23": ("norm with rows", {"X": X[:, 1:]}),

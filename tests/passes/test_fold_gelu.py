@@ -1,10 +1,11 @@
-"""Scaling the channels after GELU changes no output; a missing or scaled GELU is refused."""
+"""Scaling the channels after GELU, or of a gated product, changes no output; a missing or scaled GELU is refused."""
 
 from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from gated_blocks import gated
 
 from mptqc.analysis.shapes import concrete_shapes
 from mptqc.errors import PlanError
@@ -44,6 +45,25 @@ def test_the_output_stays(folded: ir.Model, block_plan: Callable[..., QuantPlan]
     np.testing.assert_allclose(run(folded), before, atol=FLOAT32_CHAIN * np.abs(before).max())
     after = {linear.site: linear.weight for linear in find_linears(folded)}
     assert [site for site in weights if not np.array_equal(weights[site], after[site])] == ["block00.fc2"]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_a_gated_linear_takes_the_scale_in(
+    folded: ir.Model, block_plan: Callable[..., QuantPlan], activation: str
+) -> None:
+    model = gated(folded, activation)
+    before, nodes = run(model), len(model.graph)
+    weights = {linear.site: linear.weight.copy() for linear in find_linears(model)}
+    assert fold(model, block_plan()) == 1
+    np.testing.assert_allclose(run(model), before, atol=FLOAT32_CHAIN * np.abs(before).max())
+    after = {linear.site: linear.weight for linear in find_linears(model)}
+    changed = [site for site in weights if not np.array_equal(weights[site], after[site])]
+    assert (changed, len(model.graph)) == (["block00.fc1", "block00.fc2"], nodes)
+
+
+def test_what_nothing_activates_is_no_gate(folded: ir.Model, block_plan: Callable[..., QuantPlan]) -> None:
+    with pytest.raises(PlanError, match=r"block00\.fc2"):
+        fold(gated(folded, "none"), block_plan())
 
 
 @pytest.mark.parametrize("site", ["block00.fc1", "block07.fc2"])

@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from gated_blocks import gated, with_gate
 from native_evaluator import compare_with_portable, run_native
 from quantizers import FOUR_REGIONS, opt_m
 from rotary_blocks import rotated
@@ -187,7 +188,7 @@ def test_what_is_nearly_a_rotation_gives_the_portable_values(
 def test_a_library_without_rotation_leaves_it_portable(block: MakeModel, block_plan: MakePlan) -> None:
     plan = block_plan()
     native = run_passes(rotated(block(), 3), [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights(plan)])
-    LowerToNative(concrete_shapes(native), concrete_shapes(native, batch=2), rotates=False)(native)
+    LowerToNative(concrete_shapes(native), concrete_shapes(native, batch=2), whole=False)(native)
     assert [each.reason for each in refusals(native)] == ["the target's kernels rotate no heads"] * 2
 
 
@@ -435,6 +436,60 @@ def test_other_gelus(block: MakeModel, block_plan: MakePlan, edit: Edit, activat
     }
     assert named == {"none", activation} - {None}
     compare_with_portable(native, portable, {"x": X})
+
+
+GATED = {**WHOLE_BLOCK, "Linear": 2}  # the gate stays float
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(7, 8), (4, 4)])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "none"])
+def test_gates_give_the_portable_values(
+    block: MakeModel, block_plan: MakePlan, activation: str, weight_bits: int, activation_bits: int
+) -> None:
+    model = gated(block(), activation)
+    portable, native = lower(model, with_gate(block_plan(weight_bits, activation_bits, two_region=False), model))
+    assert native_counts(native) == GATED
+    assert refusals(native) == []
+    by_site = {each.metadata_props["mptqc.site"]: each for each in native_nodes(native)}
+    gate, gating = by_site["block00.gate"], by_site["block00.fc1"]
+    assert gate.attributes["activation"].as_string() == activation
+    assert [each is None for each in gating.inputs] == [False] * 4 + [True] * 3 + [False]
+    assert gating.inputs[7] is gate.outputs[0]
+    assert compare_with_portable(native, portable, {"x": X}) == GATED
+
+
+def test_a_library_without_factors_leaves_them_portable(block: MakeModel, block_plan: MakePlan) -> None:
+    model = gated(block())
+    plan = with_gate(block_plan(8, 8, two_region=False), model)
+    native = run_passes(model, [QuantizeLinears(plan), QuantizeAttentions(plan), PackWeights(plan)])
+    LowerToNative(concrete_shapes(native), concrete_shapes(native, batch=2), whole=False)(native)
+    by_site = {each.metadata_props["mptqc.site"]: each for each in native_nodes(native)}
+    assert by_site["block00.fc1"].op_type == "Linear"
+    assert by_site["block00.gate"].attributes["activation"].as_string() == "silu"
+    assert [len(each.inputs) for each in by_site.values() if each.op_type == "Linear"] == [4, 4, 4]
+
+
+def by_a_constant(model: ir.Model) -> None:
+    multiply = next(each for each in model.graph if each.op_type == "Mul" and value(model, "f") in each.inputs)
+    index = 0 if multiply.inputs[1] is value(model, "f") else 1
+    constant = np.random.default_rng(3).standard_normal((1, 7, 20)).astype(np.float32)
+    multiply.replace_input_with(index, Builder(multiply, "test").constant("constant", constant))
+
+
+def squared(model: ir.Model) -> None:
+    multiply = next(each for each in model.graph if each.op_type == "Mul" and value(model, "f") in each.inputs)
+    for index in (0, 1):
+        multiply.replace_input_with(index, value(model, "f"))
+
+
+@pytest.mark.parametrize("edit", [make_output("f", ["n", 7, 20]), by_a_constant, squared])
+def test_what_is_nearly_a_gate_gives_the_portable_values(block: MakeModel, block_plan: MakePlan, edit: Edit) -> None:
+    model = gated(block())
+    edit(model)
+    portable, native = lower(model, with_gate(block_plan(7, 8, two_region=False), model))
+    fc1 = next(each for each in native_nodes(native) if each.metadata_props["mptqc.site"] == "block00.fc1")
+    assert len(fc1.inputs) == 4
+    assert compare_with_portable(native, portable, {"x": X})["Linear"] >= 2
 
 
 def test_a_constant_added_to_every_image_is_no_residual(block: MakeModel, block_plan: MakePlan) -> None:

@@ -15,8 +15,8 @@ class Backend {
   // Whether LayerNormQuantize and Linear exist for float16 too.
   static constexpr bool kHasFloat16 = false;
 
-  // Whether LinearQuantize rotates heads.
-  static constexpr bool kHasRotary = true;
+  // Whether Linears multiply by a factor, and LinearQuantize rotates heads.
+  static constexpr bool kHasFactor = true, kHasRotary = true;
 
   // Constants in the memory that the kernels read.
   template <class T>

@@ -20,8 +20,8 @@ class Backend {
   // Whether LayerNormQuantize and Linear exist for float16 too.
   static constexpr bool kHasFloat16 = true;
 
-  // Whether LinearQuantize rotates heads.
-  static constexpr bool kHasRotary = false;
+  // Whether Linears multiply by a factor, and LinearQuantize rotates heads.
+  static constexpr bool kHasFactor = false, kHasRotary = false;
 
   // Constants in the memory that the kernels read.
   template <class T>
