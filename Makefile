@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_FOLDER ?= mptqc-demo
 PYTEST_OPTIONS ?= --numprocesses 2 --dist loadfile
+TEST_THREADS ?= 1
 
 bin := $(VENV)/bin
 install := $(bin)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -25,7 +26,7 @@ demo: $(can_run)
 	$(bin)/python tools/demo.py --output $(DEMO_FOLDER)
 
 test: $(can_develop)
-	$(bin)/python -m pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(bin)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: $(can_develop)
 	$(bin)/ruff check
