@@ -14,7 +14,7 @@ from mptqc.export.onnx_writer import OnnxForm, export_module
 from mptqc.export.packages import import_torch, import_transformers
 from mptqc.export.random_weights import randomise_constant_parameters
 from mptqc.graph.io import serialize
-from mptqc.graph.native_nodes import ATTENTION_OPS, is_native, lowering_report
+from mptqc.graph.native_nodes import ATTENTION_OPS, LINEAR_OPS, is_native, lowering_report
 from mptqc.runtime.fused_ops import matmul_counts, optimized_op_counts
 from mptqc.runtime.library import find_library
 from mptqc.runtime.session import create_session
@@ -39,7 +39,9 @@ WINDOWS = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("ViTForImageClassification", PLAIN),
     "Dinov2": ("Dinov2ForImageClassification", PLAIN),
+    "Dinov2 gated": ("Dinov2ForImageClassification", PLAIN | {"use_swiglu_ffn": True}),
     "DINOv3ViT": ("DINOv3ViTModel", PLAIN),
+    "DINOv3ViT gated": ("DINOv3ViTModel", PLAIN | {"use_gated_mlp": True, "hidden_act": "silu"}),
     "Beit": ("BeitForImageClassification", PLAIN | {"use_relative_position_bias": True}),
     "CLIPVision": ("CLIPVisionModel", PLAIN),
     "SiglipVision": ("SiglipVisionModel", PLAIN | {"vision_use_head": False}),
@@ -53,7 +55,7 @@ FORMS = [(name, "sdpa") for name in MODELS if name != "Swinv2"] + [
 
 def transformers_model(name: str, attention: str) -> Any:
     kind, options = MODELS[name]
-    config = getattr(transformers, f"{name}Config")(**options)
+    config = getattr(transformers, f"{name.split()[0]}Config")(**options)
     config._attn_implementation = attention
     return getattr(transformers, kind)(config)
 
@@ -139,8 +141,20 @@ def test_every_attention_is_fused_and_near_to_float(tmp_path: Path, case: str) -
         assert sqnr(expected, create_session(serialize(native)).run(None, {"images": images})[0]) > LEAST_SQNR
 
 
+@pytest.mark.parametrize("case", ["Dinov2 gated, sdpa", "DINOv3ViT gated, sdpa"])
+def test_gates_are_part_of_their_linears(tmp_path: Path, case: str) -> None:
+    compiled(case, tmp_path)
+    native = api.lower(tmp_path / "portable.onnx").model
+    linears = {node.metadata_props["mptqc.site"]: node for node in native.graph if is_native(node, *LINEAR_OPS)}
+    for block in range(BLOCKS):
+        gate, fc1 = linears[f"block{block:02d}.gate"], linears[f"block{block:02d}.fc1"]
+        assert gate.attributes["activation"].as_string() == "silu"
+        assert fc1.op_type == "LinearQuantize"
+        assert fc1.inputs[-1] is gate.outputs[0]
+
+
 @pytest.mark.parametrize("float16", [False, True])
-@pytest.mark.parametrize("case", ["DINOv3ViT, sdpa", "Swinv2, eager", "MultiheadAttention"])
+@pytest.mark.parametrize("case", ["DINOv3ViT gated, sdpa", "Swinv2, eager", "MultiheadAttention"])
 def test_the_cuda_form_is_near_to_float(tmp_path: Path, emulated_library: Path, case: str, float16: bool) -> None:
     images, expected = compiled(case, tmp_path)
     lowered = api.lower(tmp_path / "portable.onnx", target="cuda", float16=float16).model
