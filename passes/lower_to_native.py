@@ -1,6 +1,7 @@
 """Write a quantized model with the fused operators of the kernel library (docs/custom-ops.md).
 
     quantizers -> scores -> (+ bias) -> Softmax -> quantizer -> context (-> quantizer)  =>  Attention(Quantize)
+    movement of rows -> LayerNormalization -> Add(residual) (-> quantizer -> movement)  =>  LayerNormAdd(Quantize)
     LayerNormalization -> quantizer -> movement of rows                                 =>  LayerNormQuantize
     quantizer -> unfolded patches                                                       =>  QuantizePatches
     integer product -> Gelu (-> Mul) -> quantizer, or -> movement of rows -> Add(residual)       =>  Linear(Quantize)
@@ -36,7 +37,8 @@ from mptqc.graph.match import Norm, find_norms
 from mptqc.graph.native_attention import SIDE_BY_SIDE, AttentionPattern, Operand, match_attention
 from mptqc.graph.native_linear import LinearPattern, match_linear, rotated_heads, why_not_rotated
 from mptqc.graph.native_nodes import WEIGHT_INPUTS_KEY, Lowering, emit_blocks, emit_native, record_lowering, take_place
-from mptqc.graph.native_patterns import NormPattern, PatchesPattern, match_norm, match_patches
+from mptqc.graph.native_norms import NormPattern, NormSumPattern, match_norm, match_norm_sum
+from mptqc.graph.native_patches import PatchesPattern, match_patches
 from mptqc.graph.quantizer_match import emit_unsigned
 from mptqc.passes.base import Pass, PassResult, Stage
 from mptqc.reference.custom_ops import DOMAIN, DOMAIN_VERSION, PANEL, CodeAttribute
@@ -52,7 +54,8 @@ class LowerToNative(Pass):
     Attributes:
         one: the shape of every value at batch 1 (or at the model's own batch).
         two: the same at batch 2, at which it is seen that no row moves from image to image.
-        whole: whether the target's library has all of docs/custom-ops.md: CUDA's rotates no heads, takes no factor.
+        whole: whether the target's library has all of docs/custom-ops.md: CUDA's rotates no heads, takes no
+            factor and adds no norms.
     """
 
     name: ClassVar[str] = "lower-to-native"
@@ -75,6 +78,12 @@ class LowerToNative(Pass):
         for attention in attentions:
             _lower_attention(attention, shapes)
         remove_dead(model)  # the int8 quantizers of k and v, which else would be further readers of their Linears
+        summed = _norms(model) if self.whole else []
+        # A norm that is refused here is refused below once more, and reported there.
+        sums = _matches("LayerNormAdd", summed, lambda norm: match_norm_sum(norm, shapes), [])
+        for total in reversed(sums):  # the last first: what a norm reads and adds may be the sum of one before it
+            _lower_norm_sum(total, shapes)
+        remove_dead(model)
         norms = _matches("LayerNormQuantize", _norms(model), lambda norm: match_norm(norm, shapes), refused)
         for norm in norms:
             _lower_norm(norm, shapes)
@@ -92,7 +101,7 @@ class LowerToNative(Pass):
             _lower_linear(linear, shapes)
         remove_dead(model)
         record_lowering(model, refused)
-        edits = len(attentions) + len(norms) + len(patches) + len(linears)
+        edits = len(attentions) + len(sums) + len(norms) + len(patches) + len(linears)
         if edits:
             model.opset_imports[DOMAIN] = DOMAIN_VERSION
         return PassResult(model, edits)
@@ -216,6 +225,22 @@ def _lower_norm(found: NormPattern, shapes: Batches) -> None:
             moved = move.outputs[0]
             moved.name, moved.dtype = f"{moved.name}/codes", ir.DataType.UINT8
         take_place(path.moves[-1].outputs[0], path.target)
+
+
+def _lower_norm_sum(found: NormSumPattern, shapes: Batches) -> None:
+    norm = found.norm
+    build = Builder(_maker(found.sum), norm.site)
+    rows = build.constant("rows", found.rows) if found.rows.size > 1 else None
+    operands = [found.x, *norm.node.inputs[1:3], found.residual, rows]
+    attributes: dict[str, AttributeValue] = {"epsilon": found.epsilon}
+    if found.codes is None:
+        node = emit_native("LayerNormAdd", operands, attributes, norm.site, build)
+    else:
+        attributes |= found.codes.quantizer.quantizer.attributes("output")
+        operands.append(build.constant("code_rows", found.codes.rows) if found.codes.rows.size > 1 else None)
+        node = emit_native("LayerNormAddQuantize", operands, attributes, norm.site, build)
+        _put(node.outputs[1], shapes.of(found.sum), found.codes.target, build, shapes)
+    take_place(node.outputs[0], found.sum)
 
 
 def _lower_patches(found: PatchesPattern, shapes: Batches) -> None:

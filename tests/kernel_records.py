@@ -31,6 +31,23 @@ LayerNorm = structure(
     quantizer=Quantizer,
     output=POINTER,
 )
+LayerNormAdd = structure(
+    "LayerNormAdd",
+    rows=I64,
+    width=I64,
+    input=POINTER,
+    gamma=POINTER,
+    beta=POINTER,
+    epsilon=F32,
+    table_size=I64,
+    table=POINTER,
+    residual=POINTER,
+    output=POINTER,
+    quantizer=ctypes.POINTER(Quantizer),
+    code_table_size=I64,
+    code_table=POINTER,
+    codes=POINTER,
+)
 Rotary = structure("Rotary", tokens=I64, columns=I64, width=I64, cosine=POINTER, sine=POINTER)
 Linear = structure(
     "Linear",

@@ -16,7 +16,10 @@ from mptqc.reference.custom_op_bounds import Bounds, output_bounds
 from mptqc.reference.custom_ops import DOMAIN
 from mptqc.runtime.session import create_session
 
-OPERATORS = ("LayerNormQuantize", "Linear", "LinearQuantize", "Attention", "AttentionQuantize", "QuantizePatches")
+OPERATORS = (
+    "LayerNormQuantize", "LayerNormAdd", "LayerNormAddQuantize", "Linear", "LinearQuantize", "Attention",
+    "AttentionQuantize", "QuantizePatches",
+)  # fmt: skip
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -66,7 +69,7 @@ def _outputs(node: ir.Node, sides: list[list[NDArray[Any] | None]]) -> list[Boun
     """The bounds of each output; of an operator of `ai.mptqc` from one side, as its inputs are the portable ones."""
     if node.domain == DOMAIN:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        return [output_bounds(node.op_type, attributes, sides[0])]
+        return list(output_bounds(node.op_type, attributes, sides[0]))
     proto = ir.to_proto(node)
     low, high = (
         ReferenceEvaluator(proto).run(
@@ -99,9 +102,9 @@ def _all_values(model: ir.Model, feeds: Arrays) -> Arrays:
 
 
 def _operator(op_type: str) -> type[OpRun]:
-    def run(self: OpRun, *inputs: NDArray[Any] | None, **_: object) -> tuple[NDArray[Any]]:
+    def run(self: OpRun, *inputs: NDArray[Any] | None, **_: object) -> tuple[NDArray[Any], ...]:
         attributes = {each.name: onnx.helper.get_attribute_value(each) for each in self.onnx_node.attribute}
         texts = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
-        return (output_bounds(op_type, texts, inputs, slack=0)[0],)
+        return tuple(low for low, _ in output_bounds(op_type, texts, inputs, slack=0))
 
     return type(op_type, (OpRun,), {"op_domain": DOMAIN, "_run": run})

@@ -63,6 +63,11 @@ bool is_sound(const mptqc_layer_norm& a) {
   return is_size(a.rows) && is_size(a.width) && is_table(a.table_size, a.rows) && is_sound(a.quantizer);
 }
 
+bool is_sound(const mptqc_layer_norm_add& a) {
+  return is_size(a.rows) && is_size(a.width) && is_table(a.table_size, a.rows) && is_table(a.code_table_size, a.rows) &&
+         is_sound(a.quantizer);
+}
+
 bool is_sound(const mptqc_linear& a) {
   return is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms &&
          is_table(a.table_size, a.rows) && is_sound_factor(a) && is_sound(a.rotary, a) &&

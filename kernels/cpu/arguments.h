@@ -6,6 +6,7 @@
 namespace mptqc {
 
 bool is_sound(const mptqc_layer_norm& arguments);
+bool is_sound(const mptqc_layer_norm_add& arguments);
 bool is_sound(const mptqc_linear& arguments);
 bool is_sound(const mptqc_attention& arguments);
 bool is_sound(const mptqc_patches& arguments);

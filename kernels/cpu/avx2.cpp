@@ -61,8 +61,8 @@ void attention_avx2(const mptqc_attention& a, int64_t task, uint8_t* scratch) {
 
 }  // namespace
 
-const Implementation kAvx2 = {Kernels<LanesAvx2>::layer_norm, linear_avx2, attention_avx2,
-                              Kernels<LanesAvx2>::patches, Kernels<LanesAvx2>::trellis};
+const Implementation kAvx2 = {Kernels<LanesAvx2>::layer_norm, Kernels<LanesAvx2>::layer_norm_add, linear_avx2,
+                              attention_avx2, Kernels<LanesAvx2>::patches, Kernels<LanesAvx2>::trellis};
 }  // namespace mptqc
 
 #if defined(__clang__)

@@ -13,6 +13,7 @@ namespace mptqc {
 // Each runs one task of arguments that were checked.
 struct Implementation {
   void (*layer_norm)(const mptqc_layer_norm&, int64_t task);
+  void (*layer_norm_add)(const mptqc_layer_norm_add&, int64_t task);
   void (*linear)(const mptqc_linear&, int64_t task);
   void (*attention)(const mptqc_attention&, int64_t task, uint8_t* scratch);
   void (*patches)(const mptqc_patches&, int64_t task);

@@ -46,6 +46,7 @@ const Implementation* find(mptqc_isa isa) {
 }
 
 int64_t task_count(const mptqc_layer_norm& a) { return ceil_divide(a.rows, kLayerNormRows); }
+int64_t task_count(const mptqc_layer_norm_add& a) { return ceil_divide(a.rows, kLayerNormRows); }
 int64_t task_count(const mptqc_linear& a) { return chunk_count(a.rows) * ceil_divide(a.outputs, kPanel); }
 int64_t task_count(const mptqc_attention& a) { return a.batch * a.heads * chunk_count(a.rows); }
 int64_t task_count(const mptqc_trellis& a) { return a.rows; }
@@ -87,6 +88,15 @@ mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_norm* argumen
   const Implementation* implementation = prepare(isa, *arguments, task);
   if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
   implementation->layer_norm(*arguments, task);
+  return MPTQC_OK;
+}
+
+int64_t mptqc_layer_norm_add_tasks(const mptqc_layer_norm_add* arguments) { return tasks(arguments); }
+
+mptqc_status mptqc_layer_norm_add_run(mptqc_isa isa, const mptqc_layer_norm_add* arguments, int64_t task) {
+  const Implementation* implementation = prepare(isa, *arguments, task);
+  if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
+  implementation->layer_norm_add(*arguments, task);
   return MPTQC_OK;
 }
 

@@ -1,4 +1,4 @@
-// LayerNorm and quantizer, a few rows at a time: sum, sum of squared differences, result.
+// LayerNorm and what an operator makes of it, a few rows at a time: sum, sum of squared differences, result.
 #pragma once
 
 #include <cmath>
@@ -7,25 +7,26 @@
 
 namespace mptqc {
 
-template <class L>
-struct LayerNormTask {
+// The part that both operators have; A is the record of one.
+template <class L, class A>
+struct LayerNormRows {
   using V = Wide<L>;
-  const mptqc_layer_norm& a;
-  QuantizerConstants quantizer;
+  const A& a;
 
-  explicit LayerNormTask(const mptqc_layer_norm& arguments) : a(arguments), quantizer(arguments.quantizer) {}
-
-  void run(int64_t task) const {
+  // Calls write(x, mean, factor, row) for each output row of a task: `value` then gives what the norm makes of x.
+  template <class Write>
+  void run(int64_t task, const Write& write) const {
     const int64_t first = task * kLayerNormRows, end = least(first + kLayerNormRows, a.rows);
     for (int64_t row = first; row < end; row += kTogether) {
-      normalize(row, static_cast<int>(least(kTogether, end - row)));
+      normalize(row, static_cast<int>(least(kTogether, end - row)), write);
     }
   }
 
   // Rows take each step in turn, so that they wait for their sums across lanes together.
   static constexpr int kTogether = 4;
 
-  void normalize(int64_t row, int rows) const {
+  template <class Write>
+  void normalize(int64_t row, int rows, const Write& write) const {
     const float width = static_cast<float>(a.width);
     const float* x[kTogether];
     typename V::F total[kTogether];
@@ -35,7 +36,7 @@ struct LayerNormTask {
     for (int r = 0; r < rows; ++r) mean[r] = V::sum(total[r]) / width;
     for (int r = 0; r < rows; ++r) total[r] = sum_of_squares(x[r], mean[r]);
     for (int r = 0; r < rows; ++r) factor[r] = 1.0f / std::sqrt(V::sum(total[r]) / width + a.epsilon);
-    for (int r = 0; r < rows; ++r) write(x[r], mean[r], factor[r], a.output + (row + r) * a.width);
+    for (int r = 0; r < rows; ++r) write(x[r], mean[r], factor[r], row + r);
   }
 
   int64_t source_row(int64_t row) const {
@@ -59,17 +60,65 @@ struct LayerNormTask {
     return total;
   }
 
-  void write(const float* x, float mean, float factor, uint8_t* to) const {
-    for (int64_t c = 0; c < a.width; c += kPanel) {
-      const int n = count(c);
-      const auto normal = V::multiply(V::subtract(V::load(x + c, n), V::set(mean)), V::set(factor));
-      const auto y = V::multiply_add(normal, V::load(a.gamma + c, n), V::load(a.beta + c, n));
-      store_codes<V>(quantizer, to + c, steps_near<V>(quantizer, y), n);
-    }
+  // Of the channels from c on.
+  typename V::F value(const float* x, float mean, float factor, int64_t c) const {
+    const int n = count(c);
+    const auto normal = V::multiply(V::subtract(V::load(x + c, n), V::set(mean)), V::set(factor));
+    return V::multiply_add(normal, V::load(a.gamma + c, n), V::load(a.beta + c, n));
   }
 
   // How many of the kPanel channels from c on there are.
   int count(int64_t c) const { return static_cast<int>(least(kPanel, a.width - c)); }
+};
+
+template <class L>
+struct LayerNormTask {
+  using V = Wide<L>;
+  const mptqc_layer_norm& a;
+  const LayerNormRows<L, mptqc_layer_norm> norm;
+  const QuantizerConstants quantizer;
+
+  explicit LayerNormTask(const mptqc_layer_norm& arguments)
+      : a(arguments), norm{arguments}, quantizer(arguments.quantizer) {}
+
+  void run(int64_t task) const {
+    norm.run(task, [this](const float* x, float mean, float factor, int64_t row) {
+      uint8_t* to = a.output + row * a.width;
+      for (int64_t c = 0; c < a.width; c += kPanel) {
+        store_codes<V>(quantizer, to + c, steps_near<V>(quantizer, norm.value(x, mean, factor, c)), norm.count(c));
+      }
+    });
+  }
+};
+
+// The codes are exactly those of the float32 sum that is written.
+template <class L>
+struct LayerNormAddTask {
+  using V = Wide<L>;
+  const mptqc_layer_norm_add& a;
+  const LayerNormRows<L, mptqc_layer_norm_add> norm;
+  const Output codes;
+
+  explicit LayerNormAddTask(const mptqc_layer_norm_add& arguments)
+      : a(arguments), norm{arguments}, codes(arguments.quantizer, arguments.codes) {}
+
+  void run(int64_t task) const {
+    norm.run(task, [this](const float* x, float mean, float factor, int64_t row) {
+      const int64_t first = row * a.width, first_code = code_row(row) * a.width;
+      for (int64_t c = 0; c < a.width; c += kPanel) {
+        const int n = norm.count(c);
+        auto y = norm.value(x, mean, factor, c);
+        if (a.residual != nullptr) y = V::add(y, V::load(a.residual + first + c, n));
+        V::store(a.output + first + c, y, n);
+        if (codes.quantized) write<V>(codes, first_code + c, y, n);
+      }
+    });
+  }
+
+  int64_t code_row(int64_t row) const {
+    if (a.code_table_size == 0) return row;
+    return row - row % a.code_table_size + a.code_table[row % a.code_table_size];
+  }
 };
 
 }  // namespace mptqc

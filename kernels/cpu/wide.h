@@ -66,18 +66,22 @@ struct Wide {
     if (n == kPanel) return load(from);
     F out;
     MPTQC_UNROLL
-    for (int i = 0; i < kParts; ++i) out.part[i] = L::load(from + 16 * i, lanes(n, i));
+    for (int i = 0; i < kParts; ++i) out.part[i] = n > 16 * i ? L::load(from + 16 * i, lanes(n, i)) : L::set(0.0f);
     return out;
   }
   static void store(float* to, F a, int n) {
     if (n == kPanel) return store(to, a);
     MPTQC_UNROLL
-    for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i], lanes(n, i));
+    for (int i = 0; i < kParts; ++i) {
+      if (n > 16 * i) L::store(to + 16 * i, a.part[i], lanes(n, i));
+    }
   }
   static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
     if (n == kPanel) return L::store_codes(to, steps.part, zero_point, minimum);
     MPTQC_UNROLL
-    for (int i = 0; i < kParts; ++i) L::store_codes(to + 16 * i, steps.part[i], zero_point, minimum, lanes(n, i));
+    for (int i = 0; i < kParts; ++i) {
+      if (n > 16 * i) L::store_codes(to + 16 * i, steps.part[i], zero_point, minimum, lanes(n, i));
+    }
   }
   static F first(int n, F a, F b) {
     if (n == kPanel) return a;

@@ -75,6 +75,25 @@ typedef struct {
 MPTQC_EXPORT int64_t mptqc_layer_norm_tasks(const mptqc_layer_norm* arguments);
 MPTQC_EXPORT mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_norm* arguments, int64_t task);
 
+/* y = gamma * (x - mean) / sqrt(variance + epsilon) + beta + residual; codes = quantizer(y) */
+typedef struct {
+  int64_t rows, width;
+  const float *input, *gamma, *beta; /* [rows, width], [width], [width] */
+  float epsilon;
+  int64_t table_size; /* 0: none; else it divides rows */
+  const int64_t* table; /* output row r of a group of table_size is made from its input row table[r] */
+  const float* residual; /* [rows, width], or null */
+  float* output; /* [rows, width] */
+  const mptqc_quantizer* quantizer; /* null: there are no codes */
+  int64_t code_table_size; /* 0: none; else it divides rows */
+  const int64_t* code_table; /* row r of a group of code_table_size goes to its row code_table[r] of codes; a permutation */
+  uint8_t* codes; /* [rows, width] */
+} mptqc_layer_norm_add;
+
+MPTQC_EXPORT int64_t mptqc_layer_norm_add_tasks(const mptqc_layer_norm_add* arguments);
+MPTQC_EXPORT mptqc_status mptqc_layer_norm_add_run(
+    mptqc_isa isa, const mptqc_layer_norm_add* arguments, int64_t task);
+
 /* x/2 * (1 + erf(x/sqrt 2)); x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))); x / (1 + e^(-1.702 x)); x / (1 + e^-x) */
 typedef enum {
   MPTQC_NO_ACTIVATION = 0,

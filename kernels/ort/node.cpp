@@ -167,10 +167,10 @@ Tensor Context::input(size_t index, const char* name, size_t rank) const {
   return tensor;
 }
 
-void* Context::output(const Shape& shape) const {
+void* Context::output(const Shape& shape, size_t index) const {
   Value* value = nullptr;
   void* data = nullptr;
-  check(api_, api_.output(context_, 0, shape.size, shape.rank, &value));
+  check(api_, api_.output(context_, index, shape.size, shape.rank, &value));
   check(api_, api_.data(value, &data));
   return data;
 }

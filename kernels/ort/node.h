@@ -79,7 +79,7 @@ class Context {
   // Of at least `rank` axes.
   Tensor input(size_t index, const char* name, size_t rank) const;
   bool has_input(size_t index) const { return value(index) != nullptr; }
-  void* output(const Shape& shape) const;
+  void* output(const Shape& shape, size_t index = 0) const;
 
   // Runs task(user, i) for each i below `total`, on the session's threads.
   void parallel_for(void (*task)(void*, size_t), size_t total, void* user) const;

@@ -36,23 +36,26 @@ int32_t code(const Node& node, const std::string& attribute) {
 
 }  // namespace
 
-RowTable::RowTable(const Node& node, size_t input) {
+RowTable::RowTable(const Node& node, size_t input, const char* name, bool inverted) : name_(name) {
   if (!node.has_input(input)) return;
-  const Backend::Constant<int64_t> table(node.constant(input, "rows", 1));
+  const Backend::Constant<int64_t> table(node.constant(input, name, 1));
   const std::vector<int64_t> rows(table.begin(), table.end());
-  std::vector<bool> seen(rows.size());
-  for (const int64_t row : rows) {
-    const bool inside = row >= 0 && row < static_cast<int64_t>(rows.size());
-    require(inside && !seen[row], "rows must be a permutation of 0 to its size - 1");
-    seen[row] = true;
+  const int64_t size = static_cast<int64_t>(rows.size());
+  std::vector<int64_t> inverse(rows.size(), -1);
+  for (int64_t to = 0; to < size; ++to) {
+    const int64_t row = rows[to];
+    if (row < 0 || row >= size || inverse[row] >= 0) {
+      throw std::invalid_argument(name_ + " must be a permutation of 0 to its size - 1");
+    }
+    inverse[row] = to;
   }
-  require(!rows.empty(), "rows is empty; leave the input out instead");
-  rows_ = Backend::Array<int64_t>(rows);
+  if (rows.empty()) throw std::invalid_argument(name_ + " is empty; leave the input out instead");
+  rows_ = Backend::Array<int64_t>(inverted ? inverse : rows);
 }
 
 void RowTable::check_rows(int64_t rows) const {
   if (size() > 0 && rows % size() != 0) {
-    throw std::invalid_argument("rows has " + std::to_string(size()) + " entries, which do not divide the " +
+    throw std::invalid_argument(name_ + " has " + std::to_string(size()) + " entries, which do not divide the " +
                                 std::to_string(rows) + " rows of the input");
   }
 }
@@ -75,6 +78,61 @@ void LayerNormQuantize::run(const Context& context) const {
   const mptqc_layer_norm arguments = {
       x.shape.rows(), width,         x.as<float>(),  gamma_.data(), beta_.data(),
       epsilon_,       table_.size(), table_.data(),  quantizer_,    static_cast<uint8_t*>(context.output(x.shape))};
+  backend_.run(context, arguments);
+}
+
+LayerNormAddBase::LayerNormAddBase(const Node& node, const Backend& backend)
+    : backend_(backend),
+      epsilon_(positive(node, "epsilon")),
+      gamma_(vector_of(node, 1, "gamma")),
+      beta_(vector_of(node, 2, "beta")),
+      table_(node, 4) {
+  require(Backend::kHasLayerNormAdd, "there is no such operator on this device");
+  require(gamma_.size() == beta_.size(), "gamma and beta differ in size");
+}
+
+mptqc_layer_norm_add LayerNormAddBase::prepare(const Context& context, Shape* shape) const {
+  const Tensor x = context.input(0, "X", 1);
+  const int64_t width = static_cast<int64_t>(gamma_.size());
+  require_shape(x.shape.last() == width, "X", x, "expected " + std::to_string(width) + " channels, as gamma has");
+  table_.check_rows(x.shape.rows());
+  mptqc_layer_norm_add arguments = {};
+  *shape = x.shape;
+  if (context.has_input(3)) {
+    const Tensor residual = context.input(3, "residual", 1);
+    require_shape(residual.shape.last() == width && residual.shape.rows() == x.shape.rows(), "residual", residual,
+                  "X has shape " + text(x.shape));
+    arguments.residual = residual.as<float>();
+    *shape = residual.shape;
+  }
+  arguments.rows = x.shape.rows();
+  arguments.width = width;
+  arguments.input = x.as<float>();
+  arguments.gamma = gamma_.data();
+  arguments.beta = beta_.data();
+  arguments.epsilon = epsilon_;
+  arguments.table_size = table_.size();
+  arguments.table = table_.data();
+  arguments.output = static_cast<float*>(context.output(*shape));
+  return arguments;
+}
+
+void LayerNormAdd::run(const Context& context) const {
+  Shape shape;
+  backend_.run(context, prepare(context, &shape));
+}
+
+LayerNormAddQuantize::LayerNormAddQuantize(const Node& node, const Backend& backend)
+    : LayerNormAddBase(node, backend), quantizer_(node.quantizer("output")), code_table_(node, 5, "code_rows", true) {}
+
+void LayerNormAddQuantize::run(const Context& context) const {
+  Shape shape;
+  mptqc_layer_norm_add arguments = prepare(context, &shape);
+  code_table_.check_rows(arguments.rows);
+  arguments.quantizer = &quantizer_;
+  arguments.code_table_size = code_table_.size();
+  arguments.code_table = code_table_.data();
+  arguments.codes = static_cast<uint8_t*>(context.output(shape, 1));
   backend_.run(context, arguments);
 }
 

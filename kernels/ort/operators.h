@@ -8,13 +8,15 @@ namespace mptqc::ort {
 // A permutation of the rows of a group; empty: rows stay where they are.
 class RowTable {
  public:
-  RowTable(const Node& node, size_t input);
+  // Inverted, `row r is made from row t` becomes `row t goes to row r`.
+  RowTable(const Node& node, size_t input, const char* name = "rows", bool inverted = false);
 
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
   const int64_t* data() const { return rows_.data(); }
   void check_rows(int64_t rows) const;
 
  private:
+  std::string name_;
   Backend::Array<int64_t> rows_;
 };
 
@@ -29,6 +31,37 @@ class LayerNormQuantize {
   mptqc_quantizer quantizer_;
   Backend::Array<float> gamma_, beta_;
   RowTable table_;
+};
+
+// LayerNormAdd and LayerNormAddQuantize.
+class LayerNormAddBase {
+ public:
+  LayerNormAddBase(const Node& node, const Backend& backend);
+
+ protected:
+  // The arguments but for the codes; `shape` becomes the outputs'.
+  mptqc_layer_norm_add prepare(const Context& context, Shape* shape) const;
+
+  Backend backend_;
+  float epsilon_;
+  Backend::Array<float> gamma_, beta_;
+  RowTable table_;
+};
+
+class LayerNormAdd : LayerNormAddBase {
+ public:
+  using LayerNormAddBase::LayerNormAddBase;
+  void run(const Context& context) const;
+};
+
+class LayerNormAddQuantize : LayerNormAddBase {
+ public:
+  LayerNormAddQuantize(const Node& node, const Backend& backend);
+  void run(const Context& context) const;
+
+ private:
+  mptqc_quantizer quantizer_;
+  RowTable code_table_;
 };
 
 // Linear and LinearQuantize.

@@ -16,6 +16,7 @@ struct Signature {
   ElementType output;
   size_t count, required;
   ElementType inputs[8];
+  bool has_codes = false;  // a second output, of uint8
 };
 
 // An operator on float16 in place of float32; X and, in a Linear, residual and output are what changes.
@@ -33,6 +34,12 @@ template <class Operator>
 constexpr Signature kSignature = {};
 template <>
 constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8, 4, 3, {kFloat, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<LayerNormAdd> = {
+    "LayerNormAdd", kFloat, 5, 4, {kFloat, kFloat, kFloat, kFloat, kInt64}};
+template <>
+constexpr Signature kSignature<LayerNormAddQuantize> = {
+    "LayerNormAddQuantize", kFloat, 6, 3, {kFloat, kFloat, kFloat, kFloat, kInt64, kInt64}, true};
 template <>
 constexpr Signature kSignature<Linear> = {
     "Linear", kFloat, 7, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64, kFloat}};
@@ -103,8 +110,10 @@ struct Kernel {
         return int{index < kSignature<Operator>.required ? kRequired : kOptional};
       };
       fields.input_memory = [](const CustomOp*, size_t) { return kDefaultMemory; };
-      fields.output_count = [](const CustomOp*) { return size_t{1}; };
-      fields.output_type = [](const CustomOp*, size_t) { return int{kSignature<Operator>.output}; };
+      fields.output_count = [](const CustomOp*) { return size_t{kSignature<Operator>.has_codes ? 2u : 1u}; };
+      fields.output_type = [](const CustomOp*, size_t index) {
+        return int{index == 0 ? kSignature<Operator>.output : kUint8};
+      };
       fields.output_characteristic = [](const CustomOp*, size_t) { return int{kRequired}; };
       fields.create_kernel = create;
       fields.compute = compute;
@@ -125,7 +134,8 @@ Domain* domain(Api api) {
   if (made == nullptr) {
     Domain* fresh = nullptr;
     check(api, api.create_domain(kDomain, &fresh));
-    for (const CustomOp* op : {Kernel<LayerNormQuantize>::record(), Kernel<Linear>::record(),
+    for (const CustomOp* op : {Kernel<LayerNormQuantize>::record(), Kernel<LayerNormAdd>::record(),
+                               Kernel<LayerNormAddQuantize>::record(), Kernel<Linear>::record(),
                                Kernel<LinearQuantize>::record(), Kernel<Attention>::record(),
                                Kernel<AttentionQuantize>::record(), Kernel<QuantizePatches>::record()}) {
       check(api, api.add_operator(fresh, op));

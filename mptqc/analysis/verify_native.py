@@ -51,31 +51,34 @@ def check_native_numbers(nodes: Sequence[ir.Node], plan: QuantPlan, run: Run) ->
     for start in range(0, len(nodes), GROUP_NODES):
         group = nodes[start : start + GROUP_NODES]
         seen = run([str(value.name) for node in group for value in _computed(node)])
-        checks += [_check(node, plan, seen) for node in group]
+        checks += [check for node in group for check in _checks(node, plan, seen)]
     return checks
 
 
 def _computed(node: ir.Node) -> list[ir.Value]:
-    """The output and the inputs that are no constants; a packed weight is read from the file instead."""
+    """The outputs and the inputs that are no constants; a packed weight is read from the file instead."""
     weight = node.inputs[1] if is_native(node, *LINEAR_OPS) else None
     inputs = [
         value for value in node.inputs if value is not None and value is not weight and constant_of(value) is None
     ]
-    return [node.outputs[0], *inputs]
+    return [*node.outputs, *inputs]
 
 
-def _check(node: ir.Node, plan: QuantPlan, seen: Values) -> SiteCheck:
+def _checks(node: ir.Node, plan: QuantPlan, seen: Values) -> list[SiteCheck]:
+    """One for each output."""
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     inputs = [_input(node, index, seen) for index in range(len(node.inputs))]
     planned = attributes | _planned_operands(node, plan)
-    output = seen[str(node.outputs[0].name)]
-    if output.dtype == np.uint8:
+    outputs = [seen[str(value.name)] for value in node.outputs]
+    if outputs[-1].dtype == np.uint8:
         quantizer = code_quantizer(_planned_output(node, plan))
         planned |= quantizer.attributes("output")
-        output = output.astype(np.int32) - int(attributes["output_zero_point"]) + quantizer.zero_point
-    low, high = output_bounds(node.op_type, planned, inputs)
-    wrong = int(((output < low) | (output > high)).sum())
-    return SiteCheck(site_of(node), str(node.name), wrong, output.size, 0.0, fused=True)
+        outputs[-1] = outputs[-1].astype(np.int32) - int(attributes["output_zero_point"]) + quantizer.zero_point
+    checks = []
+    for output, (low, high) in zip(outputs, output_bounds(node.op_type, planned, inputs), strict=True):
+        wrong = int(((output < low) | (output > high)).sum())
+        checks.append(SiteCheck(site_of(node), str(node.name), wrong, output.size, 0.0, fused=True))
+    return checks
 
 
 def _input(node: ir.Node, index: int, seen: Values) -> NDArray[Any] | None:
@@ -105,7 +108,7 @@ def _planned_output(node: ir.Node, plan: QuantPlan) -> ActivationQuantizer:
     Raises:
         VerifyError: nothing that the plan names reads them, or it takes another code for zero.
     """
-    frontier = [node.outputs[0]]
+    frontier = [node.outputs[-1]]
     while frontier:
         for use in frontier.pop().uses():
             if is_op(use.node, "Concat", *MOVEMENT_OPS):

@@ -14,6 +14,8 @@ from mptqc.graph.native_nodes import ATTENTION_OPS, LINEAR_OPS, is_native, nativ
 from mptqc.graph.stored_weight import StoredWeight
 
 PRODUCTS_OF_AN_ATTENTION = 2
+RESIDUAL = 3
+"""Input of a LayerNormAddQuantize."""
 _LETTERS = (("q", "k"), ("p", "v"))
 
 
@@ -92,5 +94,10 @@ def _norm_above(codes: ir.Value) -> str:
     node = source.codes.producer() if source.x is None else source.x.producer()
     while node is not None and is_op(node, *MOVEMENT_OPS):
         node = None if node.inputs[0] is None else node.inputs[0].producer()
-    is_norm = is_op(node, "LayerNormalization") or is_native(node, "LayerNormQuantize")
-    return site_of(node) if node is not None and is_norm else ""
+    is_norm = is_op(node, "LayerNormalization") or is_native(node, "LayerNormQuantize", "LayerNormAddQuantize")
+    return site_of(node) if node is not None and is_norm and not _adds_residual(node) else ""
+
+
+def _adds_residual(node: ir.Node) -> bool:
+    """True if what is quantized is no norm's output, but its sum with a residual."""
+    return is_native(node, "LayerNormAddQuantize") and len(node.inputs) > RESIDUAL and node.inputs[RESIDUAL] is not None

@@ -11,7 +11,7 @@ from mptqc.errors import RefusalError
 from mptqc.graph.batch_shapes import Batches
 from mptqc.graph.edit import constant_of, is_op, only_consumer, producer, scalar_of
 from mptqc.graph.integer_products import IntegerProduct
-from mptqc.graph.layout import readers
+from mptqc.graph.layout import Reader, readers
 from mptqc.graph.quantizer_match import LEAST_SCALE, MOST_SCALE, FoundQuantizer, quantizers_of
 from mptqc.graph.rotary import RotatedHeads, match_rotated
 from mptqc.reference.custom_ops import MOST_TERMS, PANEL, QUICK_GELU_FACTOR, ROTATED_WIDTHS
@@ -170,16 +170,28 @@ def _scaled(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
 
 def _residual(value: ir.Value, shapes: Batches, claimed: set[ir.Node]) -> tuple[ir.Node, int, NDArray[np.int64]] | None:
     """The Add that alone reads `value`, its rows moved or not, the index of the other input, and the rows' table."""
+    found = residual_add(value, shapes)
+    if found is None or found[0] in claimed:
+        return None
+    add, index, moved = found
+    try:
+        table = shapes.row_table(moved.trace.index, value)
+    except RefusalError:
+        return None
+    return add, index, np.argsort(table)
+
+
+def residual_add(value: ir.Value, shapes: Batches) -> tuple[ir.Node, int, Reader] | None:
+    """The Add of another computed value of the same shape that alone reads `value`, moved or not.
+
+    With it the index of the other input, and the movement that leads there.
+    """
     read = readers(value, shapes.two)
-    if len(read) != 1 or read[0].node is None or not is_op(read[0].node, "Add") or read[0].node in claimed:
+    if len(read) != 1 or read[0].node is None or not is_op(read[0].node, "Add"):
         return None
     add, moved = read[0].node, read[0].value
     index = 1 if add.inputs[0] is moved else 0
     other = add.inputs[index]
     if other is None or other is moved or str(other.name) not in shapes.two or shapes.of(other) != shapes.of(moved):
         return None
-    try:
-        table = shapes.row_table(read[0].trace.index, value)
-    except RefusalError:
-        return None
-    return add, index, np.argsort(table)
+    return add, index, read[0]

@@ -50,9 +50,13 @@ def emit_native(
     present = list(inputs)
     while present[-1] is None:
         present.pop()
-    node = build.node(op_type, present, attributes, domain=DOMAIN, name=op_type)
+    types = [ir.DataType.UINT8 if "Quantize" in op_type else ir.DataType.FLOAT]
+    if op_type == "LayerNormAddQuantize":
+        types = [ir.DataType.FLOAT, ir.DataType.UINT8]
+    node = build.node(op_type, present, attributes, domain=DOMAIN, name=op_type, num_outputs=len(types))
     node.metadata_props[SITE_KEY] = site
-    node.outputs[0].dtype = ir.DataType.UINT8 if "Quantize" in op_type else ir.DataType.FLOAT
+    for output, dtype in zip(node.outputs, types, strict=True):
+        output.dtype = dtype
     return node
 
 

@@ -27,6 +27,7 @@ from mptqc.reference.custom_ops import (
     quantize_codes,
     rotate,
     scale_rows,
+    take_rows,
     unblock_weight,
 )
 
@@ -39,8 +40,8 @@ SMALLEST_PROBABILITY = 2.0**-20
 
 def output_bounds(
     op_type: str, attributes: Attributes, inputs: Sequence[Array | None], *, slack: float = 1.0
-) -> Bounds:
-    """The least and greatest right output of one operator, inputs as the operator takes them.
+) -> tuple[Bounds, ...]:
+    """The least and greatest right value of each output of one operator, inputs as the operator takes them.
 
     Args:
         op_type: an operator of docs/custom-ops.md.
@@ -53,24 +54,33 @@ def output_bounds(
     """
     match op_type:
         case "LayerNormQuantize":
-            return _quantized(_layer_norm(attributes, inputs, slack), attributes)
+            x, gamma, beta, rows = _padded(inputs, 4)
+            return (_quantized(_layer_norm(attributes, (x, gamma, beta), slack, rows), attributes),)
+        case "LayerNormAdd":
+            x, gamma, beta, residual, rows = _padded(inputs, 5)
+            return (_layer_norm(attributes, (x, gamma, beta), slack, rows, residual),)
+        case "LayerNormAddQuantize":
+            x, gamma, beta, residual, rows, code_rows = _padded(inputs, 6)
+            bounds = _layer_norm(attributes, (x, gamma, beta), slack, rows, residual)
+            low, high = _quantized(bounds, attributes)
+            return bounds, (take_rows(low, code_rows), take_rows(high, code_rows))
         case "Linear":
             a, blocks, weight_scale, bias, residual, rows, factor = _padded(inputs, 7)
             after = {"residual": residual, "rows": rows, "factor": factor}
-            return _linear(attributes, (a, blocks, weight_scale, bias), slack, **after)
+            return (_linear(attributes, (a, blocks, weight_scale, bias), slack, **after),)
         case "LinearQuantize":
             a, blocks, weight_scale, bias, multiplier, cosine, sine, factor = _padded(inputs, 8)
             bounds = _linear(attributes, (a, blocks, weight_scale, bias), slack, multiplier=multiplier, factor=factor)
             if cosine is not None:  # without an activation both bounds are the reference's own output
                 bounds = (rotate(bounds[0], cosine, sine), rotate(bounds[1], cosine, sine))
-            return _quantized(bounds, attributes)
+            return (_quantized(bounds, attributes),)
         case "Attention":
-            return _attention(attributes, inputs, slack)
+            return (_attention(attributes, inputs, slack),)
         case "AttentionQuantize":
-            return _quantized(_attention(attributes, inputs, slack), attributes)
+            return (_quantized(_attention(attributes, inputs, slack), attributes),)
         case "QuantizePatches":
             cut = patches(_padded(inputs, 1)[0], int(attributes["patch_height"]), int(attributes["patch_width"]))
-            return _quantized((cut, cut), attributes)
+            return (_quantized((cut, cut), attributes),)
         case _:
             raise ValueError(f"ai.mptqc has no operator {op_type}")
 
@@ -86,13 +96,21 @@ def _quantized(bounds: Bounds, attributes: Attributes) -> Bounds:
     return low, high
 
 
-def _layer_norm(attributes: Attributes, inputs: Sequence[Array | None], slack: float) -> Bounds:
-    x, gamma, beta, rows = _padded(inputs, 4)
+def _layer_norm(
+    attributes: Attributes,
+    operands: tuple[Array, Array, Array],
+    slack: float,
+    rows: Array | None,
+    residual: Array | None = None,
+) -> Bounds:
+    x, gamma, beta = operands
     epsilon = float(attributes["epsilon"])
     y = layer_norm(x, gamma, beta, epsilon, rows)
     scaled = layer_norm(x, gamma, np.zeros_like(beta), epsilon, rows)
-    size = (np.abs(scaled) + np.abs(beta)).max(axis=-1, keepdims=True, initial=0)
-    return y - slack * LAYER_NORM_TOLERANCE * size, y + slack * LAYER_NORM_TOLERANCE * size
+    error = slack * LAYER_NORM_TOLERANCE * (np.abs(scaled) + np.abs(beta)).max(axis=-1, keepdims=True, initial=0)
+    if residual is None:
+        return y - error, y + error
+    return (y - error).reshape(residual.shape) + residual, (y + error).reshape(residual.shape) + residual
 
 
 def _linear(

@@ -41,7 +41,7 @@ QUICK_GELU_FACTOR = 1.702
 # How far an implementation's float may lie from the exact value, before it is quantized. Each is several times what the
 # polynomials and the order of float32 sums can cost; a code step is never that small.
 LAYER_NORM_TOLERANCE = 2.0**-17
-"""Relative to the largest |γ·(x − mean)/σ| + |β| of the row."""
+"""Relative to the largest |γ·(x − mean)/σ| + |β| of the row, before anything is added."""
 GELU_TOLERANCE = 2.0**-19
 """Relative to max(1, |x|), of GELU and of its approximation by tanh."""
 QUICK_GELU_TOLERANCE = 2.0**-16
@@ -122,15 +122,21 @@ def layer_norm(
     beta: NDArray[np.float32],
     epsilon: float,
     rows: NDArray[np.int64] | None = None,
+    residual: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """γ·(x − mean)/√(variance + ε) + β over the last axis; float32, x's shape.
+    """γ·(x − mean)/√(variance + ε) + β over the last axis (+ residual); float32, the residual's shape, else x's.
 
     `rows` [R]: row r of each group of R rows is made from row rows[r] of that group.
     """
     wide = x.astype(np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
     normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(epsilon))
-    y = (normal * gamma + beta).astype(np.float32)
+    y: NDArray[np.float32] = take_rows((normal * gamma + beta).astype(np.float32), rows)
+    return y if residual is None else y.reshape(residual.shape) + residual
+
+
+def take_rows(y: NDArray[Number], rows: NDArray[np.int64] | None) -> NDArray[Number]:
+    """Row r of each group of R rows (all axes but the last) from row rows[r] of that group, rows [R]; y's shape."""
     return y if rows is None else _grouped(y, rows)[:, rows].reshape(y.shape)
 
 
@@ -169,7 +175,7 @@ def linear(
     if rows is not None:
         inverse = np.empty_like(rows)
         inverse[rows] = np.arange(rows.size)
-        y = _grouped(y, rows)[:, inverse].reshape(y.shape)
+        y = take_rows(y, inverse)
     if residual is None:
         return y
     with np.errstate(over="ignore"):  # infinity is what float16 has beyond 65504
@@ -298,5 +304,5 @@ def _by_head(x: NDArray[Number], heads: int) -> NDArray[Number]:
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
 
 
-def _grouped(y: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def _grouped(y: NDArray[Number], rows: NDArray[np.int64]) -> NDArray[Number]:
     return y.reshape(math.prod(y.shape[:-1]) // rows.size, rows.size, y.shape[-1])

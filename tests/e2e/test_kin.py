@@ -136,6 +136,7 @@ def test_every_attention_is_fused_and_near_to_float(tmp_path: Path, case: str) -
     native = api.lower(tmp_path / "portable.onnx").model
     assert sum(is_native(node, *ATTENTION_OPS) for node in native.graph) == BLOCKS
     assert not [each for each in lowering_report(native) if each.reason and each.op.startswith(("Attention", "Linear"))]
+    assert not [each for each in lowering_report(native) if "are read by Add" in each.reason]  # SwinV2's norms
     assert sqnr(expected, create_session(tmp_path / "portable.onnx").run(None, {"images": images})[0]) > LEAST_SQNR
     if find_library() is not None:
         assert sqnr(expected, create_session(serialize(native)).run(None, {"images": images})[0]) > LEAST_SQNR

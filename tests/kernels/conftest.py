@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_builds import build_with_emulation
-from kernel_records import I32, I64, POINTER, Addend, Attention, LayerNorm, Linear, Patches, Rotary, c_quantizer
+from kernel_records import (
+    I32,
+    I64,
+    POINTER,
+    Addend,
+    Attention,
+    LayerNorm,
+    LayerNormAdd,
+    Linear,
+    Patches,
+    Rotary,
+    c_quantizer,
+)
 
 from mptqc.reference.custom_ops import ACTIVATIONS, AttentionScales, block_weight
 from mptqc.runtime.library import available_isas, find_library, load_library
@@ -30,6 +42,10 @@ def c_rotary(cosine: np.ndarray, sine: np.ndarray) -> Any:
     return Rotary(tokens, heads * width, width, cosine.ctypes.data, sine.ctypes.data)
 
 
+def table_of(rows: np.ndarray | None) -> tuple[int, int | None]:
+    return (0, None) if rows is None else (rows.size, rows.ctypes.data)
+
+
 class Kernels:
     """The kernels of one instruction set: numpy arrays in, numpy arrays out."""
 
@@ -43,11 +59,31 @@ class Kernels:
         width = x.shape[-1]
         arrays = [unaligned(array) for array in (x, gamma, beta)]
         pointers = [array.ctypes.data for array in arrays]
-        table = (0, None) if rows is None else (rows.size, rows.ctypes.data)
         count = x.size // width if width else 0
-        self.run(
-            "layer_norm", LayerNorm(count, width, *pointers, epsilon, *table, c_quantizer(quantizer), address(output))
-        )
+        arguments = LayerNorm(
+            count, width, *pointers, epsilon, *table_of(rows), c_quantizer(quantizer), address(output)
+        )  # fmt: skip
+        self.run("layer_norm", arguments)
+        return checked(output)
+
+    def layer_norm_add(
+        self, x, gamma, beta, epsilon, *, residual=None, rows=None, quantizer=None, code_rows=None
+    ):  # fmt: skip
+        """The sum, and its codes if there is a quantizer."""
+        shape, width = x.shape if residual is None else residual.shape, x.shape[-1]
+        output, codes = guarded(shape, np.float32), guarded(shape, np.uint8)
+        arrays = [unaligned(array) for array in (x, gamma, beta)]
+        residual = None if residual is None else unaligned(residual)
+        places = None if code_rows is None else np.argsort(code_rows)
+        arguments = LayerNormAdd(
+            x.size // width if width else 0, width, *(array.ctypes.data for array in arrays), epsilon,
+            *table_of(rows), None if residual is None else residual.ctypes.data, address(output),
+            None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), *table_of(places), address(codes),
+        )  # fmt: skip
+        self.run("layer_norm_add", arguments)
+        if quantizer is not None:
+            return checked(output), checked(codes)
+        assert (checked(codes) == GUARD).all()
         return checked(output)
 
     def span(self, weight):

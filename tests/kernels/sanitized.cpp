@@ -1,7 +1,6 @@
 // Runs every kernel on random small shapes, in memory of exactly the size it needs, and compares each implementation with
 // the portable one. Built with the address and undefined-behaviour sanitizers, which see what a comparison cannot.
 #include <cstdio>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
@@ -45,21 +44,29 @@ mptqc_quantizer quantizer() {
 
 int failures = 0;
 
-// Runs all tasks on each implementation into a fresh output, and compares.
+// The second output of those that have one.
+template <class Arguments>
+void set_codes(Arguments&, uint8_t*) {}
+void set_codes(mptqc_layer_norm_add& arguments, uint8_t* codes) { arguments.codes = codes; }
+
+// Runs all tasks on each implementation into fresh outputs, and compares.
 template <class Arguments>
 void compare(const char* name, Arguments arguments, size_t output_bytes, int64_t tasks,
-             mptqc_status (*run)(mptqc_isa, const Arguments*, int64_t)) {
+             mptqc_status (*run)(mptqc_isa, const Arguments*, int64_t), size_t code_bytes = 0) {
   std::vector<uint8_t> portable;
   for (int isa = 0; isa < MPTQC_ISA_COUNT; ++isa) {
     if (!mptqc_isa_runs_here(static_cast<mptqc_isa>(isa))) continue;
-    const std::unique_ptr<uint8_t[]> output(new uint8_t[output_bytes]());
+    const std::unique_ptr<uint8_t[]> output(new uint8_t[output_bytes]()), codes(new uint8_t[code_bytes]());
     arguments.output = static_cast<decltype(arguments.output)>(static_cast<void*>(output.get()));
+    set_codes(arguments, codes.get());
     for (int64_t task = 0; task < tasks; ++task) {
       if (run(static_cast<mptqc_isa>(isa), &arguments, task) != MPTQC_OK) ++failures;
     }
+    std::vector<uint8_t> outputs(output.get(), output.get() + output_bytes);
+    outputs.insert(outputs.end(), codes.get(), codes.get() + code_bytes);
     if (isa == MPTQC_PORTABLE) {
-      portable.assign(output.get(), output.get() + output_bytes);
-    } else if (output_bytes > 0 && std::memcmp(portable.data(), output.get(), output_bytes) != 0) {
+      portable = outputs;
+    } else if (outputs != portable) {
       std::printf("%s: %s differs from portable\n", name, mptqc_isa_name(static_cast<mptqc_isa>(isa)));
       ++failures;
     }
@@ -79,6 +86,29 @@ void layer_norm() {
   const mptqc_layer_norm arguments = {rows, width, x.data(),          gamma.data(), beta.data(), 1e-6f,
                                       rows, rows_table.data(), quantizer(),  nullptr};
   compare("layer_norm", arguments, rows * width, mptqc_layer_norm_tasks(&arguments), mptqc_layer_norm_run);
+}
+
+void layer_norm_add() {
+  const int64_t rows = size(0, 40), width = size(1, 150);
+  const auto x = floats(rows * width), gamma = floats(width), beta = floats(width), residual = floats(rows * width);
+  const auto rows_table = table(rows);
+  const mptqc_quantizer output = quantizer();
+  const bool quantized = generator() % 2 == 0;
+  mptqc_layer_norm_add arguments = {};
+  arguments.rows = rows;
+  arguments.width = width;
+  arguments.input = x.data();
+  arguments.gamma = gamma.data();
+  arguments.beta = beta.data();
+  arguments.epsilon = 1e-6f;
+  arguments.table_size = rows;
+  arguments.table = rows_table.data();
+  arguments.residual = generator() % 2 == 0 ? residual.data() : nullptr;
+  arguments.quantizer = quantized ? &output : nullptr;
+  arguments.code_table_size = rows;
+  arguments.code_table = rows_table.data();
+  compare("layer_norm_add", arguments, x.size() * 4, mptqc_layer_norm_add_tasks(&arguments),
+          mptqc_layer_norm_add_run, quantized ? x.size() : 0);
 }
 
 void linear() {
@@ -190,6 +220,7 @@ void trellis() {
 int main() {
   for (int round = 0; round < 60; ++round) {
     layer_norm();
+    layer_norm_add();
     linear();
     attention();
     patches();

@@ -7,9 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from code_quantizers import PROBABILITIES, QUANTIZERS, UNIFORM
+from kernel_records import LayerNormAdd
 
 from mptqc.reference import custom_ops as ops
+from mptqc.reference.custom_op_bounds import output_bounds
 
+OK = 0
 SCALES = ops.AttentionScales(0.021, 117, 0.019, 133, 0.013, 126)
 
 
@@ -48,6 +51,53 @@ def test_layer_norm_moves_rows(kernels):
     rows = generator.permutation(35)
     straight = kernels.layer_norm(x, ones, zeros, 1e-6, UNIFORM)
     assert np.array_equal(kernels.layer_norm(x, ones, zeros, 1e-6, UNIFORM, rows), straight[:, rows])
+
+
+@pytest.mark.parametrize("quantizer", [None, *QUANTIZERS])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(0, 8), (1, 1), (3, 15), (2, 16), (33, 17), (7, 48), (5, 111), (70, 96), (65, 384)]
+)
+def test_layer_norm_add(kernels, kernels_of, quantizer, adds, rows, width):
+    generator = np.random.default_rng(rows + width)
+    x, gamma, beta = floats(generator, rows, width) * 3 + 1, floats(generator, width), floats(generator, width)
+    arguments = {"residual": floats(generator, rows, width) if adds else None, "quantizer": quantizer}
+    actual = kernels.layer_norm_add(x, gamma, beta, 1e-6, **arguments)
+    portable = kernels_of("portable").layer_norm_add(x, gamma, beta, 1e-6, **arguments)
+    assert all(np.array_equal(mine, its) for mine, its in zip(actual, portable, strict=True))
+    if quantizer is not None:
+        actual, its_codes = actual
+        assert np.array_equal(its_codes, ops.quantize_codes(quantizer, actual))
+    inputs = [x, gamma, beta, arguments["residual"]]
+    ((low, high),) = output_bounds("LayerNormAdd", {"epsilon": 1e-6}, inputs)
+    assert ((low <= actual) & (actual <= high)).all()
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("moves", ["rows", "codes", "both", "both, groups of other sizes"])
+def test_layer_norm_add_moves_rows_and_codes(kernels, adds, moves):
+    generator = np.random.default_rng(0)
+    x, gamma, beta = floats(generator, 6, 35, 40), floats(generator, 40), floats(generator, 40)
+    residual = floats(generator, 2, 3, 5, 7, 40) if adds else None
+    rows = None if moves == "codes" else generator.permutation(35)
+    code_rows = None if moves == "rows" else generator.permutation(14 if "other" in moves else 35)
+    total, actual = kernels.layer_norm_add(
+        x, gamma, beta, 1e-6, residual=residual, rows=rows, quantizer=UNIFORM, code_rows=code_rows
+    )
+    normal = kernels.layer_norm_add(x, gamma, beta, 1e-6)
+    moved = ops.take_rows(normal, rows)
+    assert np.array_equal(total, moved if residual is None else moved.reshape(residual.shape) + residual)
+    assert np.array_equal(actual, ops.take_rows(ops.quantize_codes(UNIFORM, total), code_rows))
+
+
+def test_layer_norm_add_refuses_tables_that_do_not_divide_its_rows(kernels):
+    x, table = np.zeros(10, np.float32), np.arange(5)
+    floats_at, table_at = x.ctypes.data, table.ctypes.data
+    for size, code_size, tasks in ((5, 2, 1), (3, 2, 0), (5, 3, 0), (-5, 2, 0)):
+        output = (None, floats_at, None)
+        arguments = LayerNormAdd(10, 1, *[floats_at] * 3, 1e-6, size, table_at, *output, code_size, table_at, None)
+        assert kernels.tasks("layer_norm_add", arguments) == tasks
+        assert (kernels.run_task("layer_norm_add", arguments, 0) == OK) == (tasks > 0)
 
 
 LINEAR_SHAPES = [

@@ -21,8 +21,13 @@ TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int64): TensorProto.INT64,
 }
 Arrays = dict[str, np.ndarray]
+OUTPUTS = ("y", "codes")
+OUTPUT_TYPES = {op: [TensorProto.FLOAT] for op in ("Linear", "Attention", "LayerNormAdd")} | {
+    "LayerNormAddQuantize": [TensorProto.FLOAT, TensorProto.UINT8]
+}
 
 random = np.random.default_rng(0)
 A = random.integers(0, 256, (2, 23, 35), np.uint8)
@@ -35,10 +40,12 @@ LINEAR_INPUTS = {
 LINEAR = {"input_scale": 0.17, "input_zero_point": 201, "activation": "none"}
 RESIDUAL = random.standard_normal((46, 77)).astype(np.float32)
 ROWS = random.permutation(23)
+CODE_ROWS = ROWS[::-1].copy()
 MULTIPLIER = np.exp(random.standard_normal(77)).astype(np.float32)
 X = random.standard_normal((2, 23, 35)).astype(np.float32)
 HEADS_INPUTS = {"W": ops.block_weight(W[:, :64]), **{name: LINEAR_INPUTS[name][:64] for name in ("W_scale", "bias")}}
 ROTATION = {name: random.standard_normal((23, 2, 32)).astype(np.float32) for name in ("cosine", "sine")}
+STREAM = random.standard_normal((46, 35)).astype(np.float32)
 NORM_INPUTS = {name: random.standard_normal(35).astype(np.float32) for name in ("gamma", "beta")}
 Q, K, V = (random.integers(0, 256, (2, size, 48), np.uint8) for size in (9, 13, 13))
 BIAS = random.standard_normal((2, 1, 9, 13)).astype(np.float32)
@@ -51,7 +58,7 @@ def with_library(library) -> None:
     """Every test here needs the kernel library."""
 
 
-def bytes_of(nodes: list[Any], feeds: Arrays, initializers: Arrays, output: int) -> bytes:
+def bytes_of(nodes: list[Any], feeds: Arrays, initializers: Arrays, *outputs: int) -> bytes:
     inputs = [
         helper.make_tensor_value_info(name, TYPES[x.dtype], [f"{name}{axis}" for axis in range(x.ndim)])
         for name, x in feeds.items()
@@ -60,7 +67,7 @@ def bytes_of(nodes: list[Any], feeds: Arrays, initializers: Arrays, output: int)
         nodes,
         "test",
         inputs,
-        [helper.make_tensor_value_info("y", output, None)],
+        [helper.make_tensor_value_info(name, output, None) for name, output in zip(OUTPUTS, outputs, strict=False)],
         [numpy_helper.from_array(array, name) for name, array in initializers.items()],
     )
     imports = [helper.make_opsetid("", 17), helper.make_opsetid(ops.DOMAIN, 1)]
@@ -71,23 +78,45 @@ def bytes_of(nodes: list[Any], feeds: Arrays, initializers: Arrays, output: int)
 def native(op: str, feeds: Arrays, initializers: Arrays, attributes: dict[str, Any], inputs: str = "") -> bytes:
     """A model of one operator; `inputs` are their names in order, those fed first unless given."""
     names = inputs.split() if inputs else [*feeds, *initializers]
-    node = helper.make_node(op, ["" if name == "-" else name for name in names], ["y"], domain=ops.DOMAIN, name="node")
+    types = OUTPUT_TYPES.get(op, [TensorProto.UINT8])
+    read = ["" if name == "-" else name for name in names]
+    node = helper.make_node(op, read, OUTPUTS[: len(types)], domain=ops.DOMAIN, name="node")
     node.attribute.extend(
         helper.make_attribute(name, value, attr_type=AttributeProto.INTS if value == () else None)
         for name, value in attributes.items()
     )
-    output = TensorProto.FLOAT if op in ("Linear", "Attention") else TensorProto.UINT8
-    return bytes_of([node], feeds, initializers, output)
+    return bytes_of([node], feeds, initializers, *types)
 
 
 def run(model: bytes, feeds: Arrays, threads: int = 1) -> np.ndarray:
-    return create_session(model, threads=threads).run(None, feeds)[0]
+    return run_all(model, feeds, threads)[0]
+
+
+def run_all(model: bytes, feeds: Arrays, threads: int = 1) -> list[np.ndarray]:
+    return create_session(model, threads=threads).run(None, feeds)
 
 
 CASES: dict[str, tuple[Any, ...]] = {
     "norm": ("LayerNormQuantize", {"X": X}, NORM_INPUTS, {"epsilon": 1e-6, **UNIFORM.attributes("output")}),
     "norm with rows": (
         "LayerNormQuantize", {"X": X}, {**NORM_INPUTS, "rows": ROWS}, {"epsilon": 1e-6, **UNIFORM.attributes("output")}
+    ),
+    "sum": ("LayerNormAdd", {"X": X, "residual": STREAM}, NORM_INPUTS, {"epsilon": 1e-6}, "X gamma beta residual"),
+    "sum with rows": (
+        "LayerNormAdd", {"X": X, "residual": STREAM}, {**NORM_INPUTS, "rows": ROWS}, {"epsilon": 1e-6},
+        "X gamma beta residual rows",
+    ),
+    "sum, quantized": (
+        "LayerNormAddQuantize", {"X": X, "residual": STREAM}, NORM_INPUTS,
+        {"epsilon": 1e-6, **TWO_REGIONS.attributes("output")}, "X gamma beta residual",
+    ),
+    "sum, quantized, with all": (
+        "LayerNormAddQuantize", {"X": X, "residual": STREAM}, {**NORM_INPUTS, "rows": ROWS, "code_rows": CODE_ROWS},
+        {"epsilon": 1e-6, **TWO_REGIONS.attributes("output")}, "X gamma beta residual rows code_rows",
+    ),
+    "sum of nothing, quantized, with moved codes": (
+        "LayerNormAddQuantize", {"X": X}, {**NORM_INPUTS, "code_rows": CODE_ROWS},
+        {"epsilon": 1e-6, **TWO_REGIONS.attributes("output")}, "X gamma beta - - code_rows",
     ),
     "linear": ("Linear", {"A": A}, LINEAR_INPUTS, LINEAR),
     "linear with residual": (
@@ -138,12 +167,17 @@ CASES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def expected(case: str, kernels: Any) -> np.ndarray:
+def expected(case: str, kernels: Any) -> list[np.ndarray]:
     """What the same kernels give when they are called directly."""
     rows = ROWS if "rows" in case or "all" in case else None
     linear = (A, W, LINEAR_INPUTS["W_scale"], LINEAR_INPUTS["bias"])
-    results: dict[str, Callable[[], np.ndarray]] = {
+    results: dict[str, Callable[[], np.ndarray | tuple[np.ndarray, np.ndarray]]] = {
         "norm": lambda: kernels.layer_norm(X, *NORM_INPUTS.values(), 1e-6, UNIFORM, rows),
+        "sum": lambda: kernels.layer_norm_add(
+            X, *NORM_INPUTS.values(), 1e-6, residual=None if "nothing" in case else STREAM, rows=rows,
+            quantizer=TWO_REGIONS if "quantized" in case else None,
+            code_rows=CODE_ROWS if "all" in case or "codes" in case else None,
+        ),
         "linear": lambda: kernels.linear(
             *linear, **LINEAR, rows=rows, residual=RESIDUAL if "residual" in case or "all" in case else None
         ),
@@ -167,16 +201,16 @@ def expected(case: str, kernels: Any) -> np.ndarray:
         ),
         "patches": lambda: kernels.patches(IMAGE, 4, 3, UNIFORM),
     }  # fmt: skip
-    return results[case.split()[0].rstrip(",")]()
+    outputs = results[case.split()[0].rstrip(",")]()
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_operator_runs_its_kernel(case, kernels, monkeypatch):
     monkeypatch.setenv(ISA_VARIABLE, kernels.isa)
     monkeypatch.setenv(PATH_VARIABLE, str(kernels.path))
-    actual = run(native(*CASES[case]), CASES[case][1])
-    wanted = expected(case, kernels)
-    assert actual.dtype == wanted.dtype and np.array_equal(actual, wanted)
+    for actual, wanted in zip(run_all(native(*CASES[case]), CASES[case][1]), expected(case, kernels), strict=True):
+        assert actual.dtype == wanted.dtype and np.array_equal(actual, wanted)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -185,16 +219,16 @@ def test_batch_zero(case):
     arguments = list(CASES[case])
     if case.startswith("attention"):  # a bias of two windows does not divide a batch of 0 into fewer
         arguments[2] = {name: x[:1] for name, x in arguments[2].items()}
-    assert run(native(*arguments), feeds).size == 0
+    assert all(output.size == 0 for output in run_all(native(*arguments), feeds))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_threads_changes_nothing(case):
     feeds = {name: np.concatenate([x] * 40) for name, x in CASES[case][1].items()}
     model = native(*CASES[case])
-    alone = run(model, feeds)
+    alone = run_all(model, feeds)
     for threads in (2, 3):
-        assert np.array_equal(run(model, feeds, threads), alone)
+        assert all(map(np.array_equal, run_all(model, feeds, threads), alone))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -202,10 +236,10 @@ def test_one_session_runs_concurrently(case):
     session = create_session(native(*CASES[case]), threads=2)
     sizes = [1, 2, 5, 8] * 4
     batches = [{name: np.concatenate([x] * size) for name, x in CASES[case][1].items()} for size in sizes]
-    alone = [session.run(None, feeds)[0] for feeds in batches]
+    alone = [session.run(None, feeds) for feeds in batches]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda feeds: session.run(None, feeds)[0], batches))
-    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+        together = list(pool.map(lambda feeds: session.run(None, feeds), batches))
+    assert all(all(map(np.array_equal, *outputs)) for outputs in zip(alone, together, strict=True))
 
 
 def portable_linear(quantizer: ops.CodeQuantizer | None) -> bytes:
@@ -309,6 +343,25 @@ MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
         "LayerNormQuantize", {"X": X}, NORM_INPUTS | {"beta": np.zeros(3, np.float32)}, CASES["norm"][3]
     ),
     "epsilon must be": ("LayerNormQuantize", {"X": X}, NORM_INPUTS, CASES["norm"][3] | {"epsilon": -1.0}),
+    "gamma and beta differ": (
+        "LayerNormAdd", {"X": X, "residual": STREAM}, NORM_INPUTS | {"beta": np.zeros(3, np.float32)},
+        {"epsilon": 1e-6}, "X gamma beta residual",
+    ),
+    "epsilon must be above 0": (
+        "LayerNormAdd", {"X": X, "residual": STREAM}, NORM_INPUTS, {"epsilon": 0.0}, "X gamma beta residual"
+    ),
+    "code_rows must be a permutation": (
+        *CASES["sum, quantized, with all"][:2], {**NORM_INPUTS, "rows": ROWS, "code_rows": np.array([0, 0, 1])},
+        *CASES["sum, quantized, with all"][3:],
+    ),
+    "code_rows must be constant": (
+        "LayerNormAddQuantize", {"X": X, "residual": STREAM, "code_rows": ROWS}, NORM_INPUTS,
+        CASES["sum, quantized"][3], "X gamma beta residual - code_rows",
+    ),
+    "code_rows is empty": (
+        *CASES["sum, quantized, with all"][:2], {**NORM_INPUTS, "rows": ROWS, "code_rows": ROWS[:0]},
+        *CASES["sum, quantized, with all"][3:],
+    ),
     "row_scale is 2": ("Attention", {"q": Q, "k": K, "v": V}, {}, ATTENTION | {"row_scale": 2}),
     "heads is 0": ("Attention", {"q": Q, "k": K, "v": V}, {}, ATTENTION | {"heads": 0}),
     "patch_width is -1": ("QuantizePatches", {"X": IMAGE}, {}, CASES["patches"][3] | {"patch_width": -1}),
@@ -323,6 +376,11 @@ MALFORMED_SHAPES: dict[str, tuple[str, Arrays]] = {
     "cosine has shape": ("rotate", {"A": A[:, 1:]}),
     "X has shape": ("norm", {"X": X[..., :-1]}),
     "rows has 23": ("norm with rows", {"X": X[:, 1:]}),
+    "X has shape   ": ("sum", {"X": X[..., :-1], "residual": STREAM}),
+    "residual has shape ": ("sum", {"X": X, "residual": STREAM[:-1]}),
+    "residual has shape  ": ("sum, quantized", {"X": X, "residual": STREAM[:, :-1]}),
+    "rows has 23 ": ("sum with rows", {"X": X[:, 1:], "residual": STREAM[2:]}),
+    "code_rows has 23": ("sum of nothing, quantized, with moved codes", {"X": X[:, 1:]}),
     "an operand has shape": ("attention", {"q": Q[..., :-1], "k": K, "v": V}),
     "k has shape": ("attention", {"q": Q, "k": K[:1], "v": V}),
     "v has shape": ("attention", {"q": Q, "k": K, "v": V[:, 1:]}),

@@ -342,12 +342,7 @@ FLOAT_GELU = {**WHOLE_BLOCK, "LinearQuantize": 4, "Linear": 2}
 @pytest.mark.parametrize(
     ("edit", "site", "reason", "counts"),
     [
-        (
-            make_output("n", ["n", 7, 12]),
-            "block00.norm1",
-            "are read elsewhere",
-            {**WHOLE_BLOCK, "LayerNormQuantize": 0},
-        ),
+        (make_output("n", ["n", 7, 12]), None, "", {**WHOLE_BLOCK, "LayerNormQuantize": 0, "LayerNormAddQuantize": 1}),
         (make_output("s", ["n", 2, 7, 7]), "block00.attention", "s, on the way to its softmax", PORTABLE_ATTENTION),
         (subtract_from_scores, "block00.attention", "Sub test/Sub lies between", PORTABLE_ATTENTION),
         (compute_the_mask, "block00.attention", "Add sm adds something", PORTABLE_ATTENTION),

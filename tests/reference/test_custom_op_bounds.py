@@ -15,6 +15,8 @@ W = random.integers(-128, 128, (20, 24)).astype(np.int8)
 W_SCALE, BIAS = np.abs(random.standard_normal((2, 24))).astype(np.float32) * np.float32(1e-3)
 RESIDUAL = random.standard_normal((3, 4, 24)).astype(np.float32)
 ROWS = random.permutation(6)
+STREAM = random.standard_normal((2, 3, 2, 20)).astype(np.float32)
+SUM = ops.layer_norm(X, GAMMA, BETA, 1e-6, ROWS, STREAM)
 Q, K, V = (random.integers(0, 256, (2, size, 24), np.uint8) for size in (5, 9, 9))
 MASK = random.standard_normal((2, 1, 5, 9)).astype(np.float32)
 LINEAR = {"input_scale": 0.07, "input_zero_point": 99}
@@ -28,6 +30,19 @@ CASES = [
         {"epsilon": 1e-6, **OUTPUT.attributes("output")},
         (X, GAMMA, BETA, ROWS),
         ops.quantize_codes(OUTPUT, ops.layer_norm(X, GAMMA, BETA, 1e-6, ROWS)),
+    ),
+    ("LayerNormAdd", {"epsilon": 1e-6}, (X, GAMMA, BETA, STREAM), ops.layer_norm(X, GAMMA, BETA, 1e-6, None, STREAM)),
+    (
+        "LayerNormAddQuantize",
+        {"epsilon": 1e-6, **OUTPUT.attributes("output")},
+        (X, GAMMA, BETA, STREAM, ROWS, ROWS[::-1]),
+        (SUM, ops.take_rows(ops.quantize_codes(OUTPUT, SUM), ROWS[::-1])),
+    ),
+    (
+        "LayerNormAddQuantize",
+        {"epsilon": 1e-6, **OUTPUT.attributes("output")},
+        (X, GAMMA, BETA),
+        (ops.layer_norm(X, GAMMA, BETA, 1e-6), ops.quantize_codes(OUTPUT, ops.layer_norm(X, GAMMA, BETA, 1e-6))),
     ),
     ("Linear", {**LINEAR, "activation": "none"}, LINEAR_INPUTS, ops.linear(A, W, W_SCALE, BIAS, **LINEAR)),
     (
@@ -70,29 +85,35 @@ CASES = [
 ]
 
 
+def outputs_of(expected: np.ndarray | tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    return expected if isinstance(expected, tuple) else (expected,)
+
+
 @pytest.mark.parametrize(("op_type", "attributes", "inputs", "expected"), CASES)
 def test_without_slack_the_bounds_are_the_reference(op_type, attributes, inputs, expected):
-    low, high = output_bounds(op_type, attributes, inputs, slack=0)
-    assert np.array_equal(low, expected)
-    assert np.array_equal(high, expected)
-    assert low.dtype == expected.dtype
+    for (low, high), output in zip(
+        output_bounds(op_type, attributes, inputs, slack=0), outputs_of(expected), strict=True
+    ):
+        assert np.array_equal(low, output)
+        assert np.array_equal(high, output)
+        assert low.dtype == high.dtype == output.dtype
 
 
 @pytest.mark.parametrize(("op_type", "attributes", "inputs", "expected"), CASES)
 def test_the_bounds_enclose_the_reference(op_type, attributes, inputs, expected):
-    low, high = output_bounds(op_type, attributes, inputs)
-    assert ((low <= expected) & (expected <= high)).all()
-    wide, wider = output_bounds(op_type, attributes, inputs, slack=2.0**12)
-    assert ((wide <= low) & (high <= wider)).all()
+    all_bounds, all_wide = (output_bounds(op_type, attributes, inputs, slack=slack) for slack in (1, 2.0**12))
     exact = op_type == "QuantizePatches" or attributes.get("activation") == "none"
-    assert (wide == wider).all() == exact
+    for (low, high), (wide, wider), output in zip(all_bounds, all_wide, outputs_of(expected), strict=True):
+        assert ((low <= output) & (output <= high)).all()
+        assert ((wide <= low) & (high <= wider)).all()
+        assert (wide == wider).all() == exact
 
 
 def test_a_doubtful_probability_bounds_the_context():
     """Each code of P may be either of two, independently: no choice of them leaves the bounds."""
     slack = 2.0**12
     error = slack * ops.SOFTMAX_TOLERANCE * np.maximum(PROBABILITIES, 2.0**-20)
-    low, high = output_bounds("Attention", ATTENTION, (Q, K, V, None, MASK), slack=slack)
+    ((low, high),) = output_bounds("Attention", ATTENTION, (Q, K, V, None, MASK), slack=slack)
     for seed in range(20):
         signs = np.random.default_rng(seed).choice([-1, 1], PROBABILITIES.shape)
         codes = ops.quantize_codes(P, (PROBABILITIES + signs * error).astype(np.float32))

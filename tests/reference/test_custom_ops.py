@@ -81,6 +81,21 @@ def test_rows_of_a_norm_and_a_linear_undo_each_other() -> None:
     assert product(moved, rows).shape == residual.shape
 
 
+def test_a_norm_is_added_to_the_row_that_it_makes() -> None:
+    rows = np.random.default_rng(1).permutation(6)
+    x, residual, ones, zeros = (
+        floats(2, 6, 8),
+        floats(2, 2, 3, 8, seed=2),
+        np.ones(8, np.float32),
+        np.zeros(8, np.float32),
+    )
+    total = ops.layer_norm(x, ones, zeros, 1e-6, rows, residual)
+    straight = ops.layer_norm(x, ones, zeros, 1e-6)
+    assert total.shape == residual.shape
+    assert np.array_equal(total[1, 1, 2], residual[1, 1, 2] + straight[1, rows[5]])
+    assert np.array_equal(ops.take_rows(total, np.array([2, 0, 1]))[0, 1], total[0, 1, [2, 0, 1]])
+
+
 def test_gelu_is_exact_at_known_points() -> None:
     x = np.array([0, 1, -1, 40, -40], np.float32)
     assert np.allclose(ops.gelu(x), [0, 0.8413447, -0.1586553, 40, 0], rtol=1e-6, atol=0)

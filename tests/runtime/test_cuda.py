@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -18,11 +19,17 @@ from mptqc.runtime.session import PROVIDER_KEY, create_session
 @pytest.fixture
 def cuda_model() -> bytes:
     node = onnx.helper.make_node("Linear", ["a"], ["y"], domain=DOMAIN)
+    return model_of(node, onnx.TensorProto.UINT8)
+
+
+def model_of(node: onnx.NodeProto, input_type: int, **constants: np.ndarray) -> bytes:
+    """A model for CUDA of one operator that reads "a", [1], and constants."""
     graph = onnx.helper.make_graph(
         [node],
         "native",
-        [onnx.helper.make_tensor_value_info("a", onnx.TensorProto.UINT8, [1])],
+        [onnx.helper.make_tensor_value_info("a", input_type, [1])],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(DOMAIN, 1)]
     model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
@@ -122,3 +129,11 @@ def test_a_session_on_an_emulated_gpu_runs_our_operators(cuda_model: bytes, emul
     said = r"^ONNX Runtime \S+ cannot load the model in memory: \[.*ai\.mptqc::Linear:1\) has input size 1 not in"
     with fake_gpu(emulated_library), pytest.raises(ModelError, match=said):
         create_session(cuda_model, provider="cuda")
+
+
+def test_a_norm_that_is_added_is_refused_by_the_cuda_library(emulated_library: Path):
+    inputs, ones = ["a", "g", "g", "a"], np.ones(1, np.float32)
+    node = onnx.helper.make_node("LayerNormAdd", inputs, ["y"], name="sum", domain=DOMAIN, epsilon=1e-6)
+    said = r"ai\.mptqc LayerNormAdd sum: there is no such operator on this device"
+    with fake_gpu(emulated_library), pytest.raises(ModelError, match=said):
+        create_session(model_of(node, onnx.TensorProto.FLOAT, g=ones), provider="cuda")

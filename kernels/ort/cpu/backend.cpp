@@ -43,6 +43,10 @@ void Backend::run(const Context& context, const mptqc_layer_norm& arguments) con
   run_tasks(context, isa_, arguments, mptqc_layer_norm_tasks(&arguments), mptqc_layer_norm_run);
 }
 
+void Backend::run(const Context& context, const mptqc_layer_norm_add& arguments) const {
+  run_tasks(context, isa_, arguments, mptqc_layer_norm_add_tasks(&arguments), mptqc_layer_norm_add_run);
+}
+
 void Backend::run(const Context& context, const mptqc_linear& arguments) const {
   run_tasks(context, isa_, arguments, mptqc_linear_tasks(&arguments), mptqc_linear_run);
 }

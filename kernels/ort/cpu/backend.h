@@ -18,6 +18,9 @@ class Backend {
   // Whether Linears multiply by a factor, and LinearQuantize rotates heads.
   static constexpr bool kHasFactor = true, kHasRotary = true;
 
+  // Whether there are LayerNormAdd and LayerNormAddQuantize.
+  static constexpr bool kHasLayerNormAdd = true;
+
   // Constants in the memory that the kernels read.
   template <class T>
   using Array = std::vector<T>;
@@ -39,6 +42,7 @@ class Backend {
   static Backend choose(ElementType);
 
   void run(const Context& context, const mptqc_layer_norm& arguments) const;
+  void run(const Context& context, const mptqc_layer_norm_add& arguments) const;
   void run(const Context& context, const mptqc_linear& arguments) const;
   void run(const Context& context, const mptqc_attention& arguments) const;
   void run(const Context& context, const mptqc_patches& arguments) const;

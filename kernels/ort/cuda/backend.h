@@ -23,6 +23,9 @@ class Backend {
   // Whether Linears multiply by a factor, and LinearQuantize rotates heads.
   static constexpr bool kHasFactor = false, kHasRotary = false;
 
+  // Whether there are LayerNormAdd and LayerNormAddQuantize.
+  static constexpr bool kHasLayerNormAdd = false;
+
   // Constants in the memory that the kernels read.
   template <class T>
   using Array = DeviceArray<T>;
@@ -48,6 +51,7 @@ class Backend {
   static Backend choose(ElementType type);
 
   void run(const Context& context, const mptqc_layer_norm& arguments) const;
+  void run(const Context&, const mptqc_layer_norm_add&) const {}  // refused when the node is made
   void run(const Context& context, const mptqc_linear& arguments) const;
   void run(const Context& context, const mptqc_attention& arguments) const;
   void run(const Context& context, const mptqc_patches& arguments) const;
