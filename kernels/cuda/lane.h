@@ -110,9 +110,11 @@ MPTQC_INLINE float gelu(float x, float factor = 1) {
   return fmaf(half, error_function, half);
 }
 
-// The other two of mptqc_activation; e^-y may be infinite. x/2 * (1 + tanh y) is x / (1 + e^-2y).
+// The others of mptqc_activation; e^-y may be infinite. x/2 * (1 + tanh y) is x / (1 + e^-2y).
 MPTQC_INLINE float logistic_gelu(int32_t activation, float x) {
-  const float y = activation == MPTQC_GELU_TANH ? 1.59576912f * fmaf(0.044715f * x * x, x, x) : 1.702f * x;
+  const float y = activation == MPTQC_GELU_TANH ? 1.59576912f * fmaf(0.044715f * x * x, x, x)
+                  : activation == MPTQC_SILU    ? x
+                                                : 1.702f * x;
   return x / (1.0f + expf(-y));
 }
 
