@@ -54,6 +54,7 @@ from mptqc.passes.scale_probabilities import ScaleProbabilities
 from mptqc.passes.separate_projections import SeparateProjections
 from mptqc.passes.set_biases import SetBiases
 from mptqc.passes.stamp_sites import StampSites
+from mptqc.passes.turn_unit_heads import TurnUnitHeads
 from mptqc.passes.unfold_patches import UnfoldPatches
 from mptqc.passes.use_float16 import UseFloat16
 from mptqc.plan import PLAN_KEY, QuantPlan
@@ -218,6 +219,7 @@ def load_canonical(path: Path, *, convert_fp16: bool = False) -> ir.Model:
     PartHeads(concrete_shapes(model), concrete_shapes(model, batch=2))(model)
     for make in (FoldAffine, CanonicaliseRotary, SeparateProjections, PartGates):
         make(concrete_shapes(model))(model)
+    TurnUnitHeads()(model)
     JoinHeads(concrete_shapes(model, batch=2))(model)
     StampSites(concrete_shapes(model))(model)
     return model

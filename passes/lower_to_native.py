@@ -6,6 +6,7 @@
     quantizer -> unfolded patches                                                       =>  QuantizePatches
     integer product -> Gelu (-> Mul) -> quantizer, or -> movement of rows -> Add(residual)       =>  Linear(Quantize)
     integer product -> heads -> ·cos + swapped halves·sin -> quantizer                  =>  LinearQuantize
+    integer product -> heads -> over their lengths (-> Mul) -> quantizer                =>  LinearQuantize
     integer product -> Mul(another branch) (-> quantizer)                               =>  Linear(Quantize)
 
 Each is found in the graph that the one before leaves. What an operator cannot express keeps its portable form, and the
@@ -35,7 +36,14 @@ from mptqc.graph.integer_products import IntegerProduct, find_integer_products, 
 from mptqc.graph.layout import Shapes
 from mptqc.graph.match import Norm, find_norms
 from mptqc.graph.native_attention import SIDE_BY_SIDE, AttentionPattern, Operand, match_attention
-from mptqc.graph.native_linear import LinearPattern, match_linear, rotated_heads, why_not_rotated
+from mptqc.graph.native_linear import (
+    LinearPattern,
+    match_linear,
+    rotated_heads,
+    unit_heads,
+    why_not_rotated,
+    why_not_unit,
+)
 from mptqc.graph.native_nodes import WEIGHT_INPUTS_KEY, Lowering, emit_blocks, emit_native, record_lowering, take_place
 from mptqc.graph.native_norms import NormPattern, NormSumPattern, match_norm, match_norm_sum
 from mptqc.graph.native_patches import PatchesPattern, match_patches
@@ -96,7 +104,7 @@ class LowerToNative(Pass):
             lambda linear: match_linear(linear, shapes, claimed, whole=self.whole),
             refused,
         )
-        refused += _gelus_apart(linears) + _rotations_apart(linears, shapes)
+        refused += _gelus_apart(linears) + _heads_apart(linears, shapes)
         for linear in linears:
             _lower_linear(linear, shapes)
         remove_dead(model)
@@ -153,16 +161,18 @@ def _gelus_apart(linears: Iterable[LinearPattern]) -> list[Lowering]:
     return found
 
 
-def _rotations_apart(linears: Iterable[LinearPattern], shapes: Batches) -> list[Lowering]:
-    """The Linears whose heads are rotated behind them, in portable form."""
-    apart = [linear.product for linear in linears if linear.rotated is None]
-    found = [(product.site, rotated) for product in apart if (rotated := rotated_heads(product.output)) is not None]
-    return [
-        Lowering(
-            site, "Linear with rotation", why_not_rotated(rotated, shapes) or "the target's kernels rotate no heads"
-        )
-        for site, rotated in found
-    ]
+def _heads_apart(linears: Iterable[LinearPattern], shapes: Batches) -> list[Lowering]:
+    """The Linears whose heads are rotated, or brought to length 1, behind them, in portable form."""
+    found = []
+    for linear in linears:
+        site, output = linear.product.site, linear.product.output
+        if linear.rotated is None and (rotated := rotated_heads(output)) is not None:
+            reason = why_not_rotated(rotated, shapes) or "the target's kernels rotate no heads"
+            found.append(Lowering(site, "Linear with rotation", reason))
+        if linear.unit is None and (unit := unit_heads(output)) is not None:
+            reason = why_not_unit(unit, shapes) or "the target's kernels bring no heads to length 1"
+            found.append(Lowering(site, "Linear with unit heads", reason))
+    return found
 
 
 def _lower_attention(found: AttentionPattern, shapes: Batches) -> None:
@@ -274,6 +284,12 @@ def _lower_linear(found: LinearPattern, shapes: Batches) -> None:
         op_type = "LinearQuantize"
         attributes |= found.quantizer.quantizer.attributes("output")
         operands[4], operands[7] = found.multiplier, factor
+        if found.unit is not None:
+            width = shapes.of(found.unit.x)[3]
+            attributes |= {"head_width": width, "head_epsilon": found.unit.epsilon}
+            if found.unit.factor is not None:
+                by_output = np.broadcast_to(found.unit.factor, (outputs // width, width)).reshape(-1)
+                operands[4] = build.constant("multiplier", np.ascontiguousarray(by_output))
         if found.rotated is not None:
             operands[5:7] = [_in_panels(table, build.graph) for table in (found.rotated.cosine, found.rotated.sine)]
     else:
@@ -286,8 +302,9 @@ def _lower_linear(found: LinearPattern, shapes: Batches) -> None:
     node.metadata_props[WEIGHT_BITS_KEY] = str(weight.bits)
     node.metadata_props[WEIGHT_INPUTS_KEY] = str(inputs)
     made = node.outputs[0]
-    if found.rotated is not None and found.quantizer is not None and found.output is found.quantizer.codes:
-        made = build.op("Reshape", [made, build.constant("heads", shapes.target(found.rotated.x))], name="heads")
+    heads = found.rotated or found.unit
+    if heads is not None and found.quantizer is not None and found.output is found.quantizer.codes:
+        made = build.op("Reshape", [made, build.constant("heads", shapes.target(heads.x))], name="heads")
         made.dtype = ir.DataType.UINT8
     take_place(made, found.output)
 

@@ -49,6 +49,7 @@ LayerNormAdd = structure(
     codes=POINTER,
 )
 Rotary = structure("Rotary", tokens=I64, columns=I64, width=I64, cosine=POINTER, sine=POINTER)
+UnitHeads = structure("UnitHeads", width=I64, epsilon=F32)
 Linear = structure(
     "Linear",
     rows=I64,
@@ -69,6 +70,7 @@ Linear = structure(
     span=I32,
     rotary=Rotary,
     factor=POINTER,
+    unit_heads=UnitHeads,
 )
 Attention = structure(
     "Attention",

@@ -23,6 +23,12 @@ bool is_sound_factor(const mptqc_linear& a) {
   return a.factor == nullptr || (a.activation == MPTQC_NO_ACTIVATION && a.table_size == 0);
 }
 
+bool is_sound(const mptqc_unit_heads& heads, const mptqc_linear& a) {
+  if (heads.width == 0) return true;
+  return (heads.width == 16 || heads.width == 32 || heads.width == 64) && a.outputs % heads.width == 0 &&
+         heads.epsilon > 0 && a.activation == MPTQC_NO_ACTIVATION;
+}
+
 bool is_sound(const mptqc_rotary& rotary, const mptqc_linear& a) {
   if (rotary.cosine == nullptr) return true;
   const int64_t width = rotary.width;
@@ -70,7 +76,7 @@ bool is_sound(const mptqc_layer_norm_add& a) {
 
 bool is_sound(const mptqc_linear& a) {
   return is_size(a.rows) && is_size(a.outputs) && is_size(a.inputs) && a.inputs <= kMostLinearTerms &&
-         is_table(a.table_size, a.rows) && is_sound_factor(a) && is_sound(a.rotary, a) &&
+         is_table(a.table_size, a.rows) && is_sound_factor(a) && is_sound(a.rotary, a) && is_sound(a.unit_heads, a) &&
          a.activation >= MPTQC_NO_ACTIVATION && a.activation <= MPTQC_SILU && is_sound(a.quantizer);
 }
 

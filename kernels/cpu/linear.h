@@ -1,6 +1,9 @@
 // Linear: a product, and on each tile while it is in the first cache: scale, bias, activation, residual, quantizer.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "functions.h"
 #include "product.h"
 #include "quantizer.h"
@@ -105,11 +108,24 @@ struct LinearTask {
     const auto sums = V::to_float(V::load(sum)), scale = V::load(a.scale + column), bias = V::load(a.bias + column);
     if (tail != nullptr) return finish_gelu(V::multiply_add(sums, scale, bias), index, columns);
     auto y = V::add(V::multiply(sums, scale), bias);
+    if (a.unit_heads.width != 0) y = unit_heads(y);
     if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
     if (a.factor != nullptr) y = V::multiply(y, V::load(a.factor + index, columns));
     if (a.rotary.cosine != nullptr) y = rotate(y, row, column);
     if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
     write<V>(output, index, y, columns);
+  }
+
+  // A panel holds whole heads of one, two or four vectors; what is beyond the last output is 0.
+  typename V::F unit_heads(typename V::F y) const {
+    const int vectors = static_cast<int>(a.unit_heads.width / 16);
+    for (int first = 0; first < kPanelBlocks; first += vectors) {
+      auto squares = L::multiply(y.part[first], y.part[first]);
+      for (int i = first + 1; i < first + vectors; ++i) squares = L::add(squares, L::multiply(y.part[i], y.part[i]));
+      const auto inverse = L::set(1.0f / std::max(std::sqrt(L::sum(squares)), a.unit_heads.epsilon));
+      for (int i = first; i < first + vectors; ++i) y.part[i] = L::multiply(y.part[i], inverse);
+    }
+    return y;
   }
 
   // Heads are powers of two that divide a panel: the partner of an output is half a head away, up or down.

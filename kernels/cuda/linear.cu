@@ -239,7 +239,7 @@ mptqc_status mptqc_cuda_linear(const mptqc_linear* arguments, mptqc_cuda_float t
   const bool has_vectors = is_vector(a.weight) && is_vector(a.offset) && is_vector(a.scale) && is_vector(a.bias) &&
                            is_vector(a.multiplier);
   const bool is_countable = a.table_size == 0 || a.rows <= UINT32_MAX;  // target_row
-  if (!is_sound(a) || !has_vectors || !is_countable || a.rotary.cosine != nullptr || a.factor != nullptr) {
+  if (!is_sound(a) || !has_vectors || !is_countable || a.rotary.cosine != nullptr || a.factor != nullptr || a.unit_heads.width != 0) {
     return MPTQC_INVALID_ARGUMENT;
   }
   const bool fits_boxes = multiple_of(a, 16) && a.inputs > 0 && a.rows <= INT32_MAX / 2 && a.outputs <= INT32_MAX / 2;

@@ -110,8 +110,15 @@ typedef struct {
   const float *cosine, *sine; /* [tokens, columns]; null: there is no rotation */
 } mptqc_rotary;
 
-/* y = activation(float(sum(input * weight) + offset) * scale + bias), then * multiplier, then * factor, then the rotation,
-   then + residual, then the quantizer. A factor goes with no activation or table, a rotation with no residual besides. */
+/* Heads of `width` outputs brought to length 1: y / max(|y|, epsilon), |y| being the root of the head's sum of squares. */
+typedef struct {
+  int64_t width; /* 16, 32 or 64, and divides the outputs; 0: heads keep their length */
+  float epsilon; /* above 0 */
+} mptqc_unit_heads;
+
+/* y = activation(float(sum(input * weight) + offset) * scale + bias), then the heads' length, then * multiplier, then
+   * factor, then the rotation, then + residual, then the quantizer. Heads' lengths go with no activation, a factor with no
+   activation or table, a rotation with no residual besides. */
 typedef struct {
   int64_t rows, inputs, outputs;
   const uint8_t* input; /* [rows, inputs] */
@@ -128,6 +135,7 @@ typedef struct {
   int32_t span; /* the weight's, or 0: not known. Small weights are multiplied faster without VNNI */
   mptqc_rotary rotary;
   const float* factor; /* [rows, outputs], or null */
+  mptqc_unit_heads unit_heads;
 } mptqc_linear;
 
 MPTQC_EXPORT int64_t mptqc_linear_tasks(const mptqc_linear* arguments);

@@ -148,10 +148,17 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
   require(bias.size() == scale.size(), "bias and W_scale differ in size");
 
   const std::string activation = node.string("activation");
-  const std::string names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "silu"};  // as mptqc_activation
+  const std::string names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "silu", "unit_heads"};  // as mptqc_activation
   const auto* const found = std::find(std::begin(names), std::end(names), activation);
-  require(found != std::end(names), "activation must be none, gelu, gelu_tanh, quick_gelu or silu");
+  require(found != std::end(names), "activation must be none, gelu, gelu_tanh, quick_gelu, silu or unit_heads");
   activation_ = static_cast<int32_t>(found - std::begin(names));
+  if (activation == "unit_heads") {
+    require(Backend::kHasUnitHeads, "there is no activation unit_heads on this device");
+    unit_heads_ = {node.integer("head_width", 16, MPTQC_PANEL), positive(node, "head_epsilon")};
+    const int64_t width = unit_heads_.width;
+    require((width & (width - 1)) == 0 && outputs_ % width == 0, "head_width must be 16, 32 or 64 and divide the outputs");
+    activation_ = MPTQC_NO_ACTIVATION;
+  }
 
   const float input_scale = positive(node, "input_scale");
   for (float& each : scale) each *= input_scale;
@@ -185,6 +192,7 @@ mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
   arguments.bias = bias_.data();
   arguments.activation = activation_;
   arguments.span = span_;
+  arguments.unit_heads = unit_heads_;
   return arguments;
 }
 
@@ -232,7 +240,7 @@ LinearQuantize::LinearQuantize(const Node& node, const Backend& backend)
   if (node.has_input(5)) {
     require(Backend::kHasRotary, "there is no rotation (cosine, sine) on this device");
     require(!node.has_input(4), "multiplier and rotation exclude each other");
-    require(activation_ == MPTQC_NO_ACTIVATION, "a rotation goes with activation none");
+    require(activation_ == MPTQC_NO_ACTIVATION && unit_heads_.width == 0, "a rotation goes with activation none");
     const Tensor cosine = node.constant(5, "cosine", 3), sine = node.constant(6, "sine", 3);
     const int64_t heads = cosine.shape.size[1], width = cosine.shape.size[2], columns = heads * width;
     require_shape(text(sine.shape) == text(cosine.shape), "sine", sine, "cosine has " + text(cosine.shape));

@@ -79,6 +79,7 @@ class LinearBase {
 
   Backend backend_;
   int32_t activation_, span_;
+  mptqc_unit_heads unit_heads_ = {};
   int64_t outputs_, groups_;
   Backend::Array<float> scale_, bias_;
   Backend::Array<int32_t> offset_;

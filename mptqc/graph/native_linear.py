@@ -14,7 +14,8 @@ from mptqc.graph.integer_products import IntegerProduct
 from mptqc.graph.layout import Reader, readers
 from mptqc.graph.quantizer_match import LEAST_SCALE, MOST_SCALE, FoundQuantizer, quantizers_of
 from mptqc.graph.rotary import RotatedHeads, match_rotated
-from mptqc.reference.custom_ops import MOST_TERMS, PANEL, QUICK_GELU_FACTOR, ROTATED_WIDTHS
+from mptqc.graph.unit_heads import UnitHeads, match_unit_heads
+from mptqc.reference.custom_ops import MOST_TERMS, PANEL, QUICK_GELU_FACTOR, ROTATED_WIDTHS, UNIT_HEADS, UNIT_WIDTHS
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class LinearPattern:
     `factor` is the Mul by another branch, as SwiGLU has it, and the index of that: then there is no GELU.
 
     `residual` is the Add and the index of its other input; `rows` as `Linear` takes it, [1] if no row moves; `output`
-    is what the operator gives. `rotated`: the quantizer reads its heads rotated, and there is none of the rest.
+    is what the operator gives. `rotated`: the quantizer reads its heads rotated, and there is none of the rest; `unit`
+    likewise: at length 1.
     """
 
     product: IntegerProduct
@@ -38,6 +40,7 @@ class LinearPattern:
     output: ir.Value
     rotated: RotatedHeads | None = None
     factor: tuple[ir.Node, int] | None = None
+    unit: UnitHeads | None = None
 
 
 def match_linear(
@@ -64,8 +67,12 @@ def match_linear(
     no_rows = np.zeros(1, np.int64)
     rotated = rotated_heads(product.output)
     if rotated is not None and whole and why_not_rotated(rotated, shapes) is None:
-        quantizer, codes = _quantized_rotation(rotated, shapes)
+        quantizer, codes = _quantized_heads(rotated.x, rotated.output, shapes)
         return LinearPattern(*taken, "none", None, quantizer, None, no_rows, codes, rotated)
+    unit = unit_heads(product.output)
+    if unit is not None and whole and why_not_unit(unit, shapes) is None:
+        quantizer, codes = _quantized_heads(unit.x, unit.output, shapes)
+        return LinearPattern(*taken, UNIT_HEADS, None, quantizer, None, no_rows, codes, unit=unit)
     value, activation = _activation(product.output) or (product.output, "none")
     factor = _factor(value, shapes, claimed) if whole and activation == "none" else None
     if factor is not None:
@@ -130,9 +137,8 @@ def rotated_heads(value: ir.Value) -> RotatedHeads | None:
 
 def why_not_rotated(rotated: RotatedHeads, shapes: Batches) -> str | None:
     """Why `LinearQuantize` cannot rotate these heads; None if it can."""
-    quantizers = quantizers_of(rotated.output)
-    if quantizers is None or len(quantizers) != 1 or quantizers[0].signed:
-        return f"{rotated.output.name} is not read by one quantizer of uint8 codes alone"
+    if (reason := _why_not_quantized(rotated.output)) is not None:
+        return reason
     tokens, heads, width = shapes.of(rotated.x)[1:]
     if width not in ROTATED_WIDTHS:
         return f"its heads are {width} wide, not one of {', '.join(map(str, ROTATED_WIDTHS))}"
@@ -144,12 +150,42 @@ def why_not_rotated(rotated: RotatedHeads, shapes: Batches) -> str | None:
     return None
 
 
-def _quantized_rotation(rotated: RotatedHeads, shapes: Batches) -> tuple[FoundQuantizer, ir.Value]:
-    """The quantizer of the rotated heads, and its codes; where they are only read side by side, those."""
-    quantizers = quantizers_of(rotated.output)
-    assert quantizers, "`why_not_rotated` has seen it"
+def unit_heads(value: ir.Value) -> UnitHeads | None:
+    """What alone reads `value`, parted into heads, and brings them to length 1."""
+    reshape = only_consumer(value)
+    if not is_op(reshape, "Reshape") or reshape is None:
+        return None
+    divided = [node.outputs[0] for node in reshape.outputs[0].consumers() if is_op(node, "Div")]
+    scaled = [after.outputs[0] for one in divided if is_op(after := only_consumer(one), "Mul") and after is not None]
+    found = [unit for one in scaled + divided if (unit := match_unit_heads(one)) is not None]
+    return found[0] if found and found[0].x is reshape.outputs[0] else None
+
+
+def why_not_unit(unit: UnitHeads, shapes: Batches) -> str | None:
+    """Why `LinearQuantize` cannot bring these heads to length 1; None if it can."""
+    if (reason := _why_not_quantized(unit.output)) is not None:
+        return reason
+    shape = shapes.of(unit.x)
+    if len(shape) != 4 or shape[3] not in UNIT_WIDTHS:
+        return f"its heads have shape {list(shape)}, and are not {', '.join(map(str, UNIT_WIDTHS))} wide"
+    if unit.factor is not None and unit.factor.shape not in ((1, 1), (shape[2], 1)):
+        return f"they are multiplied by a constant of shape {list(unit.factor.shape)}, not [{shape[2]}, 1]"
+    return None
+
+
+def _why_not_quantized(heads: ir.Value) -> str | None:
+    quantizers = quantizers_of(heads)
+    if quantizers is None or len(quantizers) != 1 or quantizers[0].signed:
+        return f"{heads.name} is not read by one quantizer of uint8 codes alone"
+    return None
+
+
+def _quantized_heads(x: ir.Value, output: ir.Value, shapes: Batches) -> tuple[FoundQuantizer, ir.Value]:
+    """The quantizer of `output`, made of heads x, and its codes; where they are only read side by side, those."""
+    quantizers = quantizers_of(output)
+    assert quantizers, "it was looked for before"
     codes = quantizers[0].codes
-    _, tokens, heads, width = shapes.of(rotated.x)
+    _, tokens, heads, width = shapes.of(x)
     reader = only_consumer(codes)
     target = constant_of(reader.inputs[1]) if is_op(reader, "Reshape") and reader is not None else None
     if reader is None or target is None or target.tolist()[1:] != [tokens, heads * width]:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from mptqc.reference.custom_ops import (
     LAYER_NORM_TOLERANCE,
     SOFTMAX_TOLERANCE,
+    UNIT_HEADS,
+    UNIT_HEADS_TOLERANCE,
     AttentionScales,
     CodeQuantizer,
     activate,
@@ -28,6 +30,7 @@ from mptqc.reference.custom_ops import (
     rotate,
     scale_rows,
     take_rows,
+    to_unit_heads,
     unblock_weight,
 )
 
@@ -130,13 +133,18 @@ def _linear(
     low: Array = x
     high: Array = x
     activation = attributes["activation"]
-    if activation != "none":
+    if activation == UNIT_HEADS:
+        y = to_unit_heads(x, int(attributes["head_width"]), float(attributes["head_epsilon"]))
+        error = slack * UNIT_HEADS_TOLERANCE * np.abs(y)
+        low, high = y - error, y + error
+    elif activation != "none":
         y, error = activate(x, activation), slack * activation_tolerance(activation) * np.maximum(1, np.abs(x))
         low, high = y - error, y + error
     if multiplier is not None:
         low, high = np.minimum(low * multiplier, high * multiplier), np.maximum(low * multiplier, high * multiplier)
-    if factor is not None:  # it goes with no activation: both bounds are the same
-        low = high = low.reshape(factor.shape) * factor
+    if factor is not None:
+        ends = [bound.reshape(factor.shape) * factor for bound in (low, high)]
+        low, high = np.minimum(*ends), np.maximum(*ends)
     if residual is not None:
         low, high = low.reshape(residual.shape) + residual, high.reshape(residual.shape) + residual
     float_type = np.float32 if residual is None else residual.dtype

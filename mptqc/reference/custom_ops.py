@@ -30,11 +30,20 @@ PANEL = 64
 ROTATED_WIDTHS = (2, 4, 8, 16, 32, 64)
 """Widths of the heads that `LinearQuantize` rotates."""
 
+UNIT_HEADS = "unit_heads"
+"""The activation that brings heads to length 1."""
+
+UNIT_WIDTHS = (16, 32, 64)
+"""Widths of the heads that it takes."""
+
 MOST_TERMS = 32768
 """The operators sum at most so many products of codes in 32 bits."""
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
-"""What a Linear may apply: nothing, x/2·(1 + erf(x/√2)), that by tanh, x·σ(QUICK_GELU_FACTOR·x), x·σ(x)."""
+"""What a Linear may apply to each output: nothing, x/2·(1 + erf(x/√2)), that by tanh, x·σ(QUICK_GELU_FACTOR·x), x·σ(x).
+
+There is UNIT_HEADS besides.
+"""
 
 QUICK_GELU_FACTOR = 1.702
 
@@ -47,6 +56,8 @@ GELU_TOLERANCE = 2.0**-19
 QUICK_GELU_TOLERANCE = 2.0**-16
 SILU_TOLERANCE = 2.0**-15
 """Relative to max(1, |x|)."""
+UNIT_HEADS_TOLERANCE = 2.0**-19
+"""Relative to |y|."""
 SOFTMAX_TOLERANCE = 2.0**-18
 """Of a probability p, or of p over its row's largest, and of that largest.
 
@@ -149,6 +160,7 @@ def linear(
     input_scale: float,
     input_zero_point: int,
     activation: str = "none",
+    unit_heads: tuple[int, float] | None = None,
     multiplier: NDArray[np.float32] | None = None,
     factor: NDArray[np.float32] | None = None,
     rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
@@ -157,15 +169,17 @@ def linear(
 ) -> NDArray[np.float32] | NDArray[Float]:
     """y = activation(Σ_k (a − z)·w · (Δ_a·Δ_w) + b) (· multiplier) (· factor) (rotated) (+ residual), in float32 steps.
 
-    a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]; `rotary` as `rotate` takes it. The
-    residual's shape and type (float32 or float16, to which the sum is rounded at last), or float32 of the factor's
-    shape or [.., N].
+    a [.., K], weight [K, N] (not blocked); weight_scale, bias, multiplier [N]; `unit_heads` is (d, ε) of
+    `to_unit_heads`, `rotary` as `rotate` takes it. The residual's shape and type (float32 or float16, to which the sum
+    is rounded at last), or float32 of the factor's shape or [.., N].
     `rows` [R]: row r of each group of R rows goes to row rows[r] of that group, before the residual is added.
     """
     accumulator = (a.astype(np.float64) - input_zero_point) @ weight.astype(np.float64)  # exact: far below 2^53
     y = accumulator.astype(np.float32) * (np.float32(input_scale) * weight_scale) + bias
     if activation != "none":
         y = activate(y, activation)
+    if unit_heads is not None:
+        y = to_unit_heads(y, *unit_heads)
     if multiplier is not None:
         y = y * multiplier
     if factor is not None:
@@ -180,6 +194,14 @@ def linear(
         return y
     with np.errstate(over="ignore"):  # infinity is what float16 has beyond 65504
         return (y.reshape(residual.shape) + residual).astype(residual.dtype)
+
+
+def to_unit_heads(y: NDArray[np.float32], width: int, epsilon: float) -> NDArray[np.float32]:
+    """Heads of `width` columns over their length, or over ε if that is more: y [.., N], float32."""
+    heads = y.astype(np.float64).reshape(*y.shape[:-1], y.shape[-1] // width, width)
+    length = np.sqrt(np.square(heads).sum(-1, keepdims=True))
+    unit: NDArray[np.float32] = (heads / np.maximum(length, np.float32(epsilon))).astype(np.float32)
+    return unit.reshape(y.shape)
 
 
 def rotate(y: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np.float32]) -> NDArray[np.float32]:

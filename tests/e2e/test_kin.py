@@ -34,7 +34,7 @@ PLAIN = {
     "intermediate_size": 64,
 }  # fmt: skip
 WINDOWS = {
-    "image_size": SIDE, "patch_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4
+    "image_size": SIDE, "patch_size": 4, "embed_dim": 32, "depths": [2], "num_heads": [2], "window_size": 4
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("ViTForImageClassification", PLAIN),

@@ -154,6 +154,11 @@ void linear() {
     arguments.table_size = 0;
     arguments.factor = factor.data();
   }
+  const int64_t head = int64_t{16} << size(0, 2);
+  if (outputs % head == 0 && generator() % 2 == 0) {
+    arguments.activation = MPTQC_NO_ACTIVATION;
+    arguments.unit_heads = {head, 1e-6f};
+  }
   compare("linear", arguments, rows * outputs * (quantized ? 1 : 4), mptqc_linear_tasks(&arguments), mptqc_linear_run);
 }
 

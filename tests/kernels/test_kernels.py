@@ -178,6 +178,28 @@ def test_linear_rotates_heads_before_it_quantizes_them(kernels, quantizer, token
     assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
 
 
+@pytest.mark.parametrize("quantizer", [None, *QUANTIZERS])
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize(("width", "outputs"), [(16, 16), (16, 112), (32, 32), (32, 160), (64, 64), (64, 192)])
+def test_linear_brings_heads_to_length_1(kernels, kernels_of, quantizer, multiplied, width, outputs):
+    generator = np.random.default_rng(outputs)
+    a, weight = codes(generator, 3, 7, 21), codes(generator, 21, outputs).view(np.int8)
+    bias = floats(generator, outputs)
+    a[0, 0], bias[:width] = 128, 0  # a head of length 0, and some shorter than epsilon
+    scale = np.repeat(np.float32([1e-3, 1e-9] * outputs)[: outputs // width], width)
+    arguments = {"input_scale": 0.1, "input_zero_point": 128, "unit_heads": (width, 1e-5)}
+    arguments["multiplier"] = np.exp(floats(generator, outputs)) if multiplied else None
+    actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
+    portable = kernels_of("portable").linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
+    assert np.array_equal(actual, portable)
+    expected = ops.linear(a, weight, scale, bias, **arguments)
+    assert not expected[0, 0, :width].any()
+    if quantizer is None:
+        assert (np.abs(actual - expected) <= ops.UNIT_HEADS_TOLERANCE * np.abs(expected)).all()
+    else:
+        assert_codes_of(actual, quantizer, expected, ops.UNIT_HEADS_TOLERANCE * np.abs(expected))
+
+
 @pytest.mark.parametrize("extreme", [0, 255])
 def test_linear_sums_extreme_codes_exactly(kernels, extreme):
     a, weight = np.full((7, 300), extreme, np.uint8), np.tile(np.array([-128, 127], np.int8), (300, 10))

@@ -143,6 +143,10 @@ CASES: dict[str, tuple[Any, ...]] = {
         "LinearQuantize", {"A": A}, {**LINEAR_INPUTS, "multiplier": MULTIPLIER},
         {**LINEAR, "activation": "gelu", **FOUR_REGIONS.attributes("output")},
     ),
+    "unit heads": (
+        "LinearQuantize", {"A": A}, {**HEADS_INPUTS, "multiplier": MULTIPLIER[:64]},
+        {**LINEAR, "activation": "unit_heads", "head_width": 32, "head_epsilon": 1e-6, **UNIFORM.attributes("output")},
+    ),
     "silu": (
         "LinearQuantize", {"A": A}, LINEAR_INPUTS, {**LINEAR, "activation": "silu", **TWO_REGIONS.attributes("output")}
     ),
@@ -186,6 +190,10 @@ def expected(case: str, kernels: Any) -> list[np.ndarray]:
             *linear, **(LINEAR | {"activation": CASES[case][3]["activation"]}),
             quantizer=FOUR_REGIONS if "multiplier" in case else TWO_REGIONS,
             multiplier=MULTIPLIER if "multiplier" in case else None,
+        ),
+        "unit": lambda: kernels.linear(
+            A, W[:, :64], HEADS_INPUTS["W_scale"], HEADS_INPUTS["bias"], **LINEAR, quantizer=UNIFORM,
+            multiplier=MULTIPLIER[:64], unit_heads=(32, 1e-6),
         ),
         "silu": lambda: kernels.linear(*linear, **(LINEAR | {"activation": "silu"}), quantizer=TWO_REGIONS),
         "factor": lambda: kernels.linear(
@@ -335,6 +343,9 @@ MALFORMED_NODES: dict[str, tuple[Any, ...]] = {
     "must fill 64 columns": rotation_of((23, 1, 32)),
     "cosine has": rotation_of((23, 2, 32), (22, 2, 32)),
     "activation none": (*CASES["rotate"][:3], CASES["rotate"][3] | {"activation": "gelu"}, CASES["rotate"][4]),
+    "head_width must be 16": (*CASES["unit heads"][:3], CASES["unit heads"][3] | {"head_width": 24}),
+    "head_width": (*CASES["unit heads"][:3], without(CASES["unit heads"][3], "head_width")),
+    "head_epsilon must be above 0": (*CASES["unit heads"][:3], CASES["unit heads"][3] | {"head_epsilon": 0.0}),
     "a factor goes with": (*CASES["factor"][:3], LINEAR | {"activation": "silu"}, CASES["factor"][4]),
     "a factor and rows": (
         "Linear", CASES["factor"][1], LINEAR_INPUTS | {"rows": ROWS}, LINEAR, "A W W_scale bias - rows factor"

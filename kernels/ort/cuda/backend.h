@@ -20,8 +20,8 @@ class Backend {
   // Whether LayerNormQuantize and Linear exist for float16 too.
   static constexpr bool kHasFloat16 = true;
 
-  // Whether Linears multiply by a factor, and LinearQuantize rotates heads.
-  static constexpr bool kHasFactor = false, kHasRotary = false;
+  // Whether Linears multiply by a factor, and LinearQuantize rotates heads or brings them to length 1.
+  static constexpr bool kHasFactor = false, kHasRotary = false, kHasUnitHeads = false;
 
   // Whether there are LayerNormAdd and LayerNormAddQuantize.
   static constexpr bool kHasLayerNormAdd = false;
