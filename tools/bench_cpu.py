@@ -13,6 +13,7 @@ is in there is printed, not measured again, so that the grid can be run in piece
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from peers import OpenVino, write_dynamic_int8, write_nncf_int8, write_static_in
 from resident_memory import resident_bytes_of
 
 import mptqc
+from mptqc import api
 from mptqc.cli.progress import progress
 from mptqc.data.load import load_samples
 from mptqc.data.samples import Samples
@@ -175,9 +177,20 @@ def make_missing(files: Mapping[str, Path], model: str) -> None:
         write_dynamic_int8(original, files["ORT dynamic"])
     for form, (preset, target) in OUR_FORMS.items():
         if not files[form].is_file():
-            calibration(original)
-            options = {**QUICK, "target": target}
-            mptqc.compile(original, images_of(original), preset=preset, options=options).save(files[form])
+            portable = compiled(original, preset)
+            if target is Target.PORTABLE:
+                shutil.copyfile(portable, files[form])
+            else:
+                api.lower(portable, target=target).save(files[form])
+
+
+def compiled(original: Path, preset: str) -> Path:
+    """The model compiled by a preset, to be lowered to any target; made if it is not there."""
+    portable = original.with_name(original.name.replace(".float32.", f".{preset}."))
+    if not portable.is_file():
+        calibration(original)
+        mptqc.compile(original, images_of(original), preset=preset, options=dict(QUICK)).save(portable)
+    return portable
 
 
 def make_nncf(original: Path, folder: Path) -> Path:
