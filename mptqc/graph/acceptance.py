@@ -13,6 +13,7 @@ MIN_OPSET, MAX_OPSET = 13, 24
 STAGE_KEY = "mptqc.stage"  # mptqc.passes.base writes it
 _DOMAINS = ("", "ai.onnx")
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
+_RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _QUANTIZED_OPS = (
     "QuantizeLinear",
     "DequantizeLinear",
@@ -57,13 +58,14 @@ def check_proto(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def check_graph(model: ir.Model, path: Path) -> None:
-    """Refuse quantized models, ops outside the ONNX domain, control flow, and more than one float input.
+    """Refuse quantized models, ops outside the ONNX domain, control flow, chance, and more than one float input.
 
     Raises:
         ModelError: as above; ops and inputs are named.
     """
     _check_quantized(model, path)
     _check_ops(model, path)
+    _check_chance(model, path)
     _check_inputs(model, path)
 
 
@@ -119,6 +121,17 @@ def _check_ops(model: ir.Model, path: Path) -> None:
         raise ModelError(
             f"{path.name} uses ops that mptqc does not compile: {named}{more}; export the float model with standard "
             "ONNX ops and without control flow or runtime-specific optimization"
+        )
+
+
+def _check_chance(model: ir.Model, path: Path) -> None:
+    """A model that draws random numbers, as masked autoencoders do, has no outputs that codes could be near to."""
+    found = [node for node in _nodes(model) if node.op_type in _RANDOM_OPS]
+    if found:
+        raise ModelError(
+            f"{path.name} draws random numbers (the first of {len(found)}: {found[0].op_type} at {_label(found[0])}), "
+            "so one image gives other outputs in every run; export the part without them, such as a masked "
+            "autoencoder's encoder without its masking"
         )
 
 

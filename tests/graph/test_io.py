@@ -198,6 +198,12 @@ def test_control_flow_is_named(write):
     refused(write(proto_of(text)), "If", "choose")
 
 
+@pytest.mark.parametrize("op", ["RandomUniformLike", "RandomNormalLike", "Bernoulli"])
+def test_random_numbers_are_named(write, op):
+    text = f"g (float[n,3] x) => (float[n,3] y) {{ [masking] noise = {op}(x) y = Mul(x, noise) }}"
+    refused(write(proto_of(text)), op, "masking", "draws random numbers")
+
+
 @pytest.mark.parametrize("opset", [9, 12, 25, 26])
 def test_opset_out_of_range(write, opset):
     refused(write(proto_of(header=f'<ir_version: 8, opset_import: ["" : {opset}]>')), f"opset {opset}", "13 to 24")
