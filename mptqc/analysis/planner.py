@@ -125,15 +125,21 @@ def _plan_attention(
 
 
 def float_layers(model: ir.Model) -> tuple[Refusal, ...]:
-    """The layers with weights that stay float: convolutions that are no patch embedding over disjoint patches."""
-    found = [node for node in model.graph if is_op(node, "Conv", "ConvTranspose")]
-    reason = "only products are quantized; a convolution is one where it unfolds to disjoint patches"
-    return tuple(
-        Refusal(
-            site=site_of(node) or str(node.name), what="quantization", reason=f"{node.op_type} stays float: {reason}"
-        )
-        for node in found
-    )
+    """The convolutions and products that stay float: all but patch embeddings, Linears and those of attentions."""
+    products = {linear.matmul for linear in find_linears(model)}
+    for attention in find_attentions(model):
+        products |= {attention.scores, attention.context}
+    found: list[Refusal] = []
+    for node in model.graph:
+        if is_op(node, "Conv", "ConvTranspose"):
+            reason = "only products are quantized; a convolution is one where it unfolds to disjoint patches"
+        elif is_op(node, "MatMul", "Gemm", "Einsum") and node not in products:
+            reason = "only products by constant weights [K, N] and those of softmax(q·k)·v are quantized"
+        else:
+            continue
+        site = site_of(node) or str(node.name)
+        found.append(Refusal(site=site, what="quantization", reason=f"{node.op_type} stays float: {reason}"))
+    return tuple(found)
 
 
 def _foldable_norms(model: ir.Model, shapes: Shapes, refusals: list[Refusal]) -> list[tuple[Norm, list[Linear]]]:
