@@ -34,7 +34,7 @@ from mptqc.graph.edit import (
 from mptqc.graph.emission import WEIGHT_BITS_KEY
 from mptqc.graph.integer_products import IntegerProduct, find_integer_products, stored_weight
 from mptqc.graph.layout import Shapes
-from mptqc.graph.match import Norm, find_norms
+from mptqc.graph.match import Norm, find_norms, find_rms_norms
 from mptqc.graph.native_attention import SIDE_BY_SIDE, AttentionPattern, Operand, match_attention
 from mptqc.graph.native_linear import (
     LinearPattern,
@@ -104,7 +104,7 @@ class LowerToNative(Pass):
             lambda linear: match_linear(linear, shapes, claimed, whole=self.whole),
             refused,
         )
-        refused += _gelus_apart(linears) + _heads_apart(linears, shapes)
+        refused += _gelus_apart(linears) + _heads_apart(linears, shapes) + _rms_norms(model)
         for linear in linears:
             _lower_linear(linear, shapes)
         remove_dead(model)
@@ -159,6 +159,12 @@ def _gelus_apart(linears: Iterable[LinearPattern]) -> list[Lowering]:
         if is_op(after, "Gelu"):
             found.append(Lowering(linear.product.site, "Linear with GELU", "what its GELU reads is quantized"))
     return found
+
+
+def _rms_norms(model: ir.Model) -> list[Lowering]:
+    """The norms that no operator computes; q and k that are normed per head are among them."""
+    reason = "it is an RMSNorm; the kernels compute LayerNorms"
+    return [Lowering(str(node.name), "LayerNormQuantize", reason) for node in find_rms_norms(model)]
 
 
 def _heads_apart(linears: Iterable[LinearPattern], shapes: Batches) -> list[Lowering]:

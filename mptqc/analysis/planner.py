@@ -31,7 +31,16 @@ from mptqc.graph.blocks import (
     norm_readers,
 )
 from mptqc.graph.edit import is_op
-from mptqc.graph.match import Attention, Linear, Norm, find_attentions, find_linears, find_norms, site_of
+from mptqc.graph.match import (
+    Attention,
+    Linear,
+    Norm,
+    find_attentions,
+    find_linears,
+    find_norms,
+    find_rms_norms,
+    site_of,
+)
 from mptqc.graph.tensors import Tensors, find_tensors
 from mptqc.plan import (
     AttentionFold,
@@ -152,6 +161,8 @@ def _foldable_norms(model: ir.Model, shapes: Shapes, refusals: list[Refusal]) ->
             continue
         if linears:
             found.append((norm, linears))
+    reason = "it is an RMSNorm; only LayerNorms take scales and shifts up"
+    refusals += [Refusal(site=str(node.name), what="smoothing", reason=reason) for node in find_rms_norms(model)]
     return found
 
 

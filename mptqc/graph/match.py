@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mptqc.graph.edit import constant_of, is_op, only_consumer, producer
+from mptqc.graph.edit import constant_of, is_op, only_consumer, producer, scalar_of
 
 SITE_KEY = "mptqc.site"
 
@@ -231,6 +231,26 @@ def find_norms(model: ir.Model) -> list[Norm]:
         and len(node.inputs) > 2
         and all(array is not None and array.ndim == 1 for array in map(constant_of, node.inputs[1:3]))
     ]
+
+
+def find_rms_norms(model: ir.Model) -> list[ir.Node]:
+    """The first node of every norm by root mean square, RMSNormalization or ReduceMean(x·x), in graph order.
+
+    They are named where a LayerNorm would be folded or lowered. One whose x is centred is a LayerNorm in pieces.
+    """
+    return [
+        node
+        for node in model.graph
+        if is_op(node, "RMSNormalization") or (is_op(node, "ReduceMean") and _is_square(node.inputs[0]))
+    ]
+
+
+def _is_square(value: ir.Value | None) -> bool:
+    """True for x² or x·x of an x that no Sub made."""
+    square = producer(value, "Pow", "Mul")
+    if square is None or producer(square.inputs[0], "Sub") is not None:
+        return False
+    return square.inputs[0] is square.inputs[1] if square.op_type == "Mul" else scalar_of(square.inputs[1]) == 2
 
 
 def find_convolutions(model: ir.Model) -> list[Convolution]:

@@ -7,6 +7,7 @@ from mptqc.graph.match import (
     find_convolutions,
     find_linears,
     find_norms,
+    find_rms_norms,
     match_linear,
     match_linear_output,
     site_of,
@@ -15,6 +16,7 @@ from mptqc.graph.match import (
 CONSTANTS = (
     "float[3,2] W = {1,2,3,4,5,6}, float[2] b = {7,8}, float[1,2] row = {7,8}, float one = {1}, "
     "float[3] gamma = {1,2,3}, float[3] beta = {4,5,6}, float[4,3] gammas = {1,2,3,4,5,6,7,8,9,10,11,12}, "
+    "float two = {2}, int64[1] last = {-1}, "
     "float[4,4] mask = {0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}, float[1,3,1,1] kernel = {1,2,3}, float[1] kb = {4}"
 )
 HEADER = "g (float[n,4,3] x) => (float[n,4,2] y)"
@@ -156,3 +158,18 @@ def test_a_whole_vit(tiny_vit):
     model = tiny_vit(blocks=3)
     counts = [len(find(model)) for find in (find_linears, find_norms, find_attentions, find_convolutions)]
     assert counts == [3 * 4 + 1, 3 * 2 + 1, 3, 1]
+
+
+MEAN = "m = ReduceMean<keepdims = 1>(s, last)"
+
+
+@pytest.mark.parametrize("square", ["s = Pow(x, two)", "s = Mul(x, x)"])
+def test_rms_norm(square):
+    model = parse(f"{square}\n{MEAN}\nr = Sqrt(m)\nd = Div(x, r)\np = MatMul(d, W)\ny = Add(p, b)")
+    assert [node.op_type for node in find_rms_norms(model)] == ["ReduceMean"]
+
+
+@pytest.mark.parametrize("square", ["c = Sub(x, one)\ns = Mul(c, c)", "s = Mul(x, one)", "s = Pow(x, one)"])
+def test_other_means_are_no_rms_norms(square):
+    model = parse(f"{square}\n{MEAN}\nd = Div(x, m)\np = MatMul(d, W)\ny = Add(p, b)")
+    assert find_rms_norms(model) == []

@@ -11,7 +11,7 @@ from quantizers import FOUR_REGIONS, opt_m
 from rotary_blocks import rotated
 
 from mptqc.analysis.shapes import concrete_shapes
-from mptqc.graph.edit import Builder
+from mptqc.graph.edit import Builder, remove_dead, replace_value
 from mptqc.graph.integer_sites import find_integer_sites
 from mptqc.graph.io import serialize
 from mptqc.graph.match import find_linears
@@ -430,6 +430,19 @@ def test_other_gelus(block: MakeModel, block_plan: MakePlan, edit: Edit, activat
         each.attributes["activation"].as_string() for each in native_nodes(native) if "activation" in each.attributes
     }
     assert named == {"none", activation} - {None}
+    compare_with_portable(native, portable, {"x": X})
+
+
+def test_an_rms_norm_stays_portable_and_is_named(block: MakeModel, block_plan: MakePlan) -> None:
+    model = block()
+    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    build, x = Builder(norm, "rms"), norm.inputs[0]
+    mean = build.op("ReduceMean", [build.op("Mul", [x, x]), build.constant("last", np.array([-1]))], name="mean")
+    replace_value(norm.outputs[0], build.op("Div", [x, build.op("Sqrt", [mean])]))
+    remove_dead(model)
+    portable, native = lower(model, block_plan(7, 8, two_region=False))
+    reason = "it is an RMSNorm; the kernels compute LayerNorms"
+    assert refusals(native) == [Lowering("rms/mean", "LayerNormQuantize", reason)]
     compare_with_portable(native, portable, {"x": X})
 
 
