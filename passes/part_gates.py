@@ -17,6 +17,7 @@ from mptqc.graph.edit import Builder, is_op, only_consumer, remove_dead, replace
 from mptqc.graph.layout import Shapes, readers
 from mptqc.graph.match import Linear, find_linears
 from mptqc.passes.base import Pass, PassResult
+from mptqc.passes.separate_projections import emit_columns
 
 
 @dataclass(frozen=True)
@@ -61,5 +62,4 @@ def _rebuild(linear: Linear, value: ir.Value, columns: slice, index: int) -> Non
     node = value.producer()
     assert node is not None, "what is moved from a Linear is made by a node"
     build = Builder(node, f"{linear.matmul.name}/part{index}")
-    product = build.op("MatMul", [linear.input, build.constant("weight", linear.weight[:, columns])])
-    replace_value(value, build.op("Add", [product, build.constant("bias", linear.bias[columns])]))
+    replace_value(value, emit_columns(linear, columns, build))

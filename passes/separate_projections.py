@@ -114,10 +114,14 @@ def _rebuild(projection: Projection) -> None:
     node = projection.value.producer()
     assert node is not None
     build = Builder(node, f"{linear.matmul.name}/{projection.letter}")
-    weight = build.constant("weight", linear.weight[:, columns])
-    bias = build.constant("bias", linear.bias[columns])
-    product = build.op("MatMul", [linear.input, weight])
-    shifted = build.op("Add", [product, bias])
+    shifted = emit_columns(linear, columns, build)
     heads = build.constant("heads", np.array([0, 0, *projection.columns.shape], np.int64))
     split = build.op("Reshape", [shifted, heads])
     replace_value(projection.value, build.op("Transpose", [split], {"perm": list(projection.layout)}))
+
+
+def emit_columns(linear: Linear, columns: NDArray[np.int64] | slice, build: Builder) -> ir.Value:
+    """A Linear of some of the columns of another: its output [.., N']."""
+    weight = build.constant("weight", linear.weight[:, columns])
+    bias = build.constant("bias", linear.bias[columns])
+    return build.op("Add", [build.op("MatMul", [linear.input, weight]), bias])

@@ -29,9 +29,9 @@ MPTQC_INLINE typename V::F power_of_e(const typename V::Table& roots, typename V
   return V::multiply(power, V::as_float(V::add(V::as_int(V::look_up(roots, bits)), V::shift_left(bits, 19))));
 }
 
-// What a GELU, or SiLU, is short of max(x, 0), for u = |x|, in 16 segments, the middle of segment i being u = i / segments_per_unit:
-// coefficients for powers of the way back to it, in segments, the highest first. Fits at Chebyshev's nodes; from `last` on
-// there is as good as nothing left.
+// What a GELU, or SiLU, is short of max(x, 0), for u = |x|, in 16 segments, the middle of segment i being
+// u = i / segments_per_unit: coefficients for powers of the way back to it, in segments, the highest first. Fits at
+// Chebyshev's nodes; from `last` on there is as good as nothing left.
 constexpr int kTailDegree = 4;
 struct Tail {
   float segments_per_unit, last, segments[kTailDegree + 1][16];

@@ -64,6 +64,16 @@ const Implementation* prepare(mptqc_isa isa, const Arguments& arguments, int64_t
   return find(isa);
 }
 
+// An operator that needs no scratch memory.
+template <class Arguments>
+mptqc_status run(
+    mptqc_isa isa, const Arguments& arguments, int64_t task, void (*Implementation::*kernel)(const Arguments&, int64_t)) {
+  const Implementation* implementation = prepare(isa, arguments, task);
+  if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
+  (implementation->*kernel)(arguments, task);
+  return MPTQC_OK;
+}
+
 }  // namespace
 }  // namespace mptqc
 
@@ -85,28 +95,19 @@ mptqc_status mptqc_choose_isa(const char* name, mptqc_isa* isa) {
 int64_t mptqc_layer_norm_tasks(const mptqc_layer_norm* arguments) { return tasks(arguments); }
 
 mptqc_status mptqc_layer_norm_run(mptqc_isa isa, const mptqc_layer_norm* arguments, int64_t task) {
-  const Implementation* implementation = prepare(isa, *arguments, task);
-  if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
-  implementation->layer_norm(*arguments, task);
-  return MPTQC_OK;
+  return run(isa, *arguments, task, &Implementation::layer_norm);
 }
 
 int64_t mptqc_layer_norm_add_tasks(const mptqc_layer_norm_add* arguments) { return tasks(arguments); }
 
 mptqc_status mptqc_layer_norm_add_run(mptqc_isa isa, const mptqc_layer_norm_add* arguments, int64_t task) {
-  const Implementation* implementation = prepare(isa, *arguments, task);
-  if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
-  implementation->layer_norm_add(*arguments, task);
-  return MPTQC_OK;
+  return run(isa, *arguments, task, &Implementation::layer_norm_add);
 }
 
 int64_t mptqc_linear_tasks(const mptqc_linear* arguments) { return tasks(arguments); }
 
 mptqc_status mptqc_linear_run(mptqc_isa isa, const mptqc_linear* arguments, int64_t task) {
-  const Implementation* implementation = prepare(isa, *arguments, task);
-  if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
-  implementation->linear(*arguments, task);
-  return MPTQC_OK;
+  return run(isa, *arguments, task, &Implementation::linear);
 }
 
 int64_t mptqc_attention_tasks(const mptqc_attention* arguments) { return tasks(arguments); }
@@ -123,10 +124,7 @@ mptqc_status mptqc_attention_run(mptqc_isa isa, const mptqc_attention* arguments
 int64_t mptqc_patches_tasks(const mptqc_patches* arguments) { return tasks(arguments); }
 
 mptqc_status mptqc_patches_run(mptqc_isa isa, const mptqc_patches* arguments, int64_t task) {
-  const Implementation* implementation = prepare(isa, *arguments, task);
-  if (implementation == nullptr) return MPTQC_INVALID_ARGUMENT;
-  implementation->patches(*arguments, task);
-  return MPTQC_OK;
+  return run(isa, *arguments, task, &Implementation::patches);
 }
 
 int64_t mptqc_trellis_tasks(const mptqc_trellis* arguments) { return tasks(arguments); }

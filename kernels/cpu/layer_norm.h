@@ -31,17 +31,12 @@ struct LayerNormRows {
     const float* x[kTogether];
     typename V::F total[kTogether];
     float mean[kTogether], factor[kTogether];
-    for (int r = 0; r < rows; ++r) x[r] = a.input + source_row(row + r) * a.width;
+    for (int r = 0; r < rows; ++r) x[r] = a.input + row_in_table(row + r, a.table_size, a.table) * a.width;
     for (int r = 0; r < rows; ++r) total[r] = sum(x[r]);
     for (int r = 0; r < rows; ++r) mean[r] = V::sum(total[r]) / width;
     for (int r = 0; r < rows; ++r) total[r] = sum_of_squares(x[r], mean[r]);
     for (int r = 0; r < rows; ++r) factor[r] = 1.0f / std::sqrt(V::sum(total[r]) / width + a.epsilon);
     for (int r = 0; r < rows; ++r) write(x[r], mean[r], factor[r], row + r);
-  }
-
-  int64_t source_row(int64_t row) const {
-    if (a.table_size == 0) return row;
-    return row - row % a.table_size + a.table[row % a.table_size];
   }
 
   typename V::F sum(const float* x) const {
@@ -104,7 +99,7 @@ struct LayerNormAddTask {
 
   void run(int64_t task) const {
     norm.run(task, [this](const float* x, float mean, float factor, int64_t row) {
-      const int64_t first = row * a.width, first_code = code_row(row) * a.width;
+      const int64_t first = row * a.width, first_code = row_in_table(row, a.code_table_size, a.code_table) * a.width;
       for (int64_t c = 0; c < a.width; c += kPanel) {
         const int n = norm.count(c);
         auto y = norm.value(x, mean, factor, c);
@@ -113,11 +108,6 @@ struct LayerNormAddTask {
         if (codes.quantized) write<V>(codes, first_code + c, y, n);
       }
     });
-  }
-
-  int64_t code_row(int64_t row) const {
-    if (a.code_table_size == 0) return row;
-    return row - row % a.code_table_size + a.code_table[row % a.code_table_size];
   }
 };
 

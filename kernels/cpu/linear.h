@@ -98,10 +98,7 @@ struct LinearTask {
     }
   }
 
-  int64_t target_row(int64_t row) const {
-    if (a.table_size == 0) return row;
-    return row - row % a.table_size + a.table[row % a.table_size];
-  }
+  int64_t target_row(int64_t row) const { return row_in_table(row, a.table_size, a.table); }
 
   void finish(const int32_t* sum, int64_t row, int64_t column, int columns) const {
     const int64_t index = row * a.outputs + column;

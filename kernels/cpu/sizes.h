@@ -28,6 +28,11 @@ constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Where the table of a group of `size` rows has `row`, within its own group; size 0: there is no table.
+inline int64_t row_in_table(int64_t row, int64_t size, const int64_t* table) {
+  return size == 0 ? row : row - row % size + table[row % size];
+}
+
 // Rows of each chunk when `rows` are shared out evenly in chunks of at most 128, whole register tiles of VNNI each.
 constexpr int64_t chunk_rows(int64_t rows) {
   const int64_t chunks = rows > 0 ? ceil_divide(rows, 128) : 1;

@@ -203,13 +203,13 @@ bool LinearBase::has_factor(const Node& node, size_t index) const {
   return true;
 }
 
-const float* LinearBase::factor(
-    const Context& context, size_t index, const mptqc_linear& arguments, Shape* shape) const {
-  const Tensor factor = context.input(index, "factor", 1);
-  require_shape(factor.shape.last() == outputs_ && factor.shape.rows() == arguments.rows, "factor", factor,
+const float* LinearBase::beside(
+    const Context& context, size_t index, const char* name, const mptqc_linear& arguments, Shape* shape) const {
+  const Tensor tensor = context.input(index, name, 1);
+  require_shape(tensor.shape.last() == outputs_ && tensor.shape.rows() == arguments.rows, name, tensor,
                 "the product has shape " + text(*shape));
-  *shape = factor.shape;
-  return factor.as<float>();
+  *shape = tensor.shape;
+  return tensor.as<float>();
 }
 
 Linear::Linear(const Node& node, const Backend& backend)
@@ -220,14 +220,8 @@ Linear::Linear(const Node& node, const Backend& backend)
 void Linear::run(const Context& context) const {
   Shape shape;
   mptqc_linear arguments = prepare(context, &shape);
-  if (has_factor_) arguments.factor = factor(context, 6, arguments, &shape);
-  if (context.has_input(4)) {
-    const Tensor residual = context.input(4, "residual", 1);
-    require_shape(residual.shape.last() == outputs_ && residual.shape.rows() == arguments.rows, "residual", residual,
-                  "the product has shape " + text(shape));
-    arguments.residual = residual.as<float>();
-    shape = residual.shape;
-  }
+  if (has_factor_) arguments.factor = beside(context, 6, "factor", arguments, &shape);
+  if (context.has_input(4)) arguments.residual = beside(context, 4, "residual", arguments, &shape);
   table_.check_rows(arguments.rows);
   arguments.table_size = table_.size();
   arguments.table = table_.data();
@@ -271,7 +265,7 @@ mptqc_rotary LinearQuantize::rotary(const Context& context, int64_t rows) const 
 void LinearQuantize::run(const Context& context) const {
   Shape shape;
   mptqc_linear arguments = prepare(context, &shape);
-  if (has_factor_) arguments.factor = factor(context, 7, arguments, &shape);
+  if (has_factor_) arguments.factor = beside(context, 7, "factor", arguments, &shape);
   if (rotates_) arguments.rotary = rotary(context, arguments.rows);
   arguments.multiplier = multiplier_.empty() ? nullptr : multiplier_.data();
   arguments.quantizer = &quantizer_;

@@ -74,8 +74,9 @@ class LinearBase {
   mptqc_linear prepare(const Context& context, Shape* shape) const;
   // Whether input `index`, a factor, is there.
   bool has_factor(const Node& node, size_t index) const;
-  // What a Linear with one multiplies by: input `index`, which becomes the shape of the output.
-  const float* factor(const Context& context, size_t index, const mptqc_linear& arguments, Shape* shape) const;
+  // The factor or residual: input `index`, as large as the product, whose `shape` becomes the input's.
+  const float* beside(
+      const Context& context, size_t index, const char* name, const mptqc_linear& arguments, Shape* shape) const;
 
   Backend backend_;
   int32_t activation_, span_;

@@ -79,10 +79,8 @@ def match_linear(
         claimed.add(factor[0])
         value = factor[0].outputs[0]
     for x, multiplier in ((value, None), *(_scaled(value) if factor is None else ())):
-        quantizers = quantizers_of(x)
-        if quantizers is not None and len(quantizers) == 1 and not quantizers[0].signed:
-            codes = quantizers[0].codes
-            return LinearPattern(*taken, activation, multiplier, quantizers[0], None, no_rows, codes, factor=factor)
+        if (found := _only_quantizer(x)) is not None:
+            return LinearPattern(*taken, activation, multiplier, found, None, no_rows, found.codes, factor=factor)
     residual = _residual(value, shapes, claimed)
     if residual is None or (factor is not None and residual[2].size > 1):
         return LinearPattern(*taken, activation, None, None, None, no_rows, value, factor=factor)
@@ -174,23 +172,28 @@ def why_not_unit(unit: UnitHeads, shapes: Batches) -> str | None:
 
 
 def _why_not_quantized(heads: ir.Value) -> str | None:
-    quantizers = quantizers_of(heads)
-    if quantizers is None or len(quantizers) != 1 or quantizers[0].signed:
+    if _only_quantizer(heads) is None:
         return f"{heads.name} is not read by one quantizer of uint8 codes alone"
     return None
 
 
+def _only_quantizer(x: ir.Value) -> FoundQuantizer | None:
+    """The quantizer of uint8 codes that alone reads x."""
+    quantizers = quantizers_of(x)
+    return quantizers[0] if quantizers is not None and len(quantizers) == 1 and not quantizers[0].signed else None
+
+
 def _quantized_heads(x: ir.Value, output: ir.Value, shapes: Batches) -> tuple[FoundQuantizer, ir.Value]:
     """The quantizer of `output`, made of heads x, and its codes; where they are only read side by side, those."""
-    quantizers = quantizers_of(output)
-    assert quantizers, "it was looked for before"
-    codes = quantizers[0].codes
+    quantizer = _only_quantizer(output)
+    assert quantizer is not None, "it was looked for before"
+    codes = quantizer.codes
     _, tokens, heads, width = shapes.of(x)
     reader = only_consumer(codes)
     target = constant_of(reader.inputs[1]) if is_op(reader, "Reshape") and reader is not None else None
     if reader is None or target is None or target.tolist()[1:] != [tokens, heads * width]:
-        return quantizers[0], codes
-    return quantizers[0], reader.outputs[0]
+        return quantizer, codes
+    return quantizer, reader.outputs[0]
 
 
 def _scaled(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
