@@ -20,7 +20,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,amx-tile,amx-int8")
 #endif
 
-#include "product_amx.h"  // before what multiplies
+#include "attention_product_amx.h"  // before what multiplies
 
 #include "implement.h"
 

@@ -4,11 +4,12 @@
 // Codes of k and v are uint8 but the product wants int8, so 128 is taken off codes and zero point.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "attention_product.h"
 #include "functions.h"
-#include "product.h"
 #include "quantizer.h"
 
 namespace mptqc {
@@ -17,14 +18,18 @@ template <class L>
 struct AttentionTask {
   using V = Wide<L>;
   using F = typename V::F;
-  static constexpr int kRows = static_cast<int>(least(Product<L>::kRows, kMostAttentionRows));
+  using I = typename V::I;
+  using Product = AttentionProduct<L>;
+  static constexpr int kRows = Product::kRows;
 
   const mptqc_attention& a;
   const AttentionScratch layout;
   int8_t *keys, *values;
   int32_t *key_offset, *value_offset;
-  float* scores;   // [kRows, padded columns]
+  int32_t* sums;  // of q times keys, [kRows, padded columns]
+  float* scores;  // the same; they are not made where they are but sums times a factor
   uint8_t* codes;  // the same
+  int32_t row_offset[kRows];  // of a row's sums
   int32_t code_sum[kRows];
   float row_factor[kRows];  // what the rows of P were divided by
   float beyond[kPanel];  // added to the last vectors of a row's scores: 0 in its columns, minus infinity beyond
@@ -39,8 +44,7 @@ struct AttentionTask {
   QuantizerConstants probability;
   Output output;
   const typename L::Table roots{kRoots};
-  Product<L> product;
-  Tile<Product<L>::kRows> tile = {};
+  Product product;
 
   // `scratch` has layout.bytes bytes; `span`: of keys and of values, less 128, as of a weight.
   AttentionTask(const mptqc_attention& arguments, uint8_t* scratch, int32_t span = 0)
@@ -50,11 +54,12 @@ struct AttentionTask {
         values(reinterpret_cast<int8_t*>(scratch + layout.values)),
         key_offset(reinterpret_cast<int32_t*>(scratch + layout.key_offset)),
         value_offset(reinterpret_cast<int32_t*>(scratch + layout.value_offset)),
+        sums(reinterpret_cast<int32_t*>(scratch + layout.sums)),
         scores(reinterpret_cast<float*>(scratch + layout.scores)),
         codes(scratch + layout.codes),
         probability(arguments.probability),
         output(arguments.quantizer, arguments.output),
-        product(span) {
+        product(arguments, layout, scratch, span) {
     const int64_t last = last_column();
     for (int c = 0; c < kPanel; ++c) beyond[c] = last + c < a.columns ? 0.0f : -INFINITY;
   }
@@ -67,56 +72,75 @@ struct AttentionTask {
     block_values(place.v(a));
     for (int64_t row = place.first_row; row < place.end_row; row += kRows) {
       const int rows = static_cast<int>(least(kRows, place.end_row - row));
-      score_rows(place.batch, place.head, row, rows);
+      multiply_keys(place.batch, place.head, row, rows);
+      scores_are_sums() ? quantize_softmax_of_sums(rows) : quantize_softmax_of_scores(row, rows);
       write_context(place.batch, place.head, row, rows);
     }
   }
 
   static constexpr float kLowest = -3.40282347e38f;
-  static void nothing_beside(int, int) {}
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
   int32_t signed_v_zero() const { return a.v_zero_point - 128; }
 
   // Four codes of one key are one word of a block: block[s / 16][d / 4][s % 16].
   void block_keys(const uint8_t* k) {
-    const int64_t stride = a.heads * a.width, words = ceil_divide(a.width, kBlockInputs);
-    const int64_t whole = a.width / 16 * 16;
-    const int64_t blocks = ceil_divide(a.columns, kBlockOutputs);
-    std::memset(keys, 0, blocks * words * kBlockBytes);
-    for (int64_t s = 0; s < a.columns; s += 4) {
-      const uint8_t* from = k + s * stride;
-      int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
-      const bool four = s + 4 <= a.columns;
-      for (int64_t d = 0; four && d < whole; d += 16) {
-        const uint8_t* const rows[4] = {from + d, from + stride + d, from + 2 * stride + d, from + 3 * stride + d};
-        L::words_of_rows(rows, to + d * kBlockOutputs);
+    const int64_t stride = a.heads * a.width, words = layout.key_groups, blocks = ceil_divide(a.columns, kBlockOutputs);
+    const bool has_more_words = words > ceil_divide(a.width, kBlockInputs);
+    if (!L::kBlocksWholeTiles || has_more_words) std::memset(keys, 0, blocks * words * kBlockBytes);
+    if constexpr (L::kBlocksWholeTiles) {
+      for (int64_t s = 0; s < a.columns; s += 16) {
+        const int rows = static_cast<int>(least(16, a.columns - s));
+        for (int64_t d = 0; d < a.width; d += 64) {
+          int8_t* to = keys + s / 16 * words * kBlockBytes + d * kBlockOutputs;
+          L::blocks_of_keys(k + s * stride + d, stride, rows, static_cast<int>(least(64, a.width - d)), to);
+        }
       }
-      for (int64_t r = 0; r < least(4, a.columns - s); ++r)
-        for (int64_t d = four ? whole : 0; d < a.width; ++d)
-          to[d / 4 * kBlockBytes + r * 4 + d % 4] = static_cast<int8_t>(from[r * stride + d] - 128);
+    } else {
+      const int64_t whole = a.width / 16 * 16;
+      for (int64_t s = 0; s < a.columns; s += 4) {
+        const uint8_t* from = k + s * stride;
+        int8_t* to = keys + s / 16 * words * kBlockBytes + s % 16 * kBlockInputs;
+        const bool four = s + 4 <= a.columns;
+        for (int64_t d = 0; four && d < whole; d += 16) {
+          const uint8_t* const rows[4] = {from + d, from + stride + d, from + 2 * stride + d, from + 3 * stride + d};
+          L::words_of_rows(rows, to + d * kBlockOutputs);
+        }
+        for (int64_t r = 0; r < least(4, a.columns - s); ++r)
+          for (int64_t d = four ? whole : 0; d < a.width; ++d)
+            to[d / 4 * kBlockBytes + r * 4 + d % 4] = static_cast<int8_t>(from[r * stride + d] - 128);
+      }
     }
     const int32_t constant = static_cast<int32_t>(a.width) * a.q_zero_point * signed_k_zero();
     offsets(keys, blocks, words, a.q_zero_point - L::kTaken, constant, key_offset);
   }
 
   void block_values(const uint8_t* v) {
-    const int64_t stride = a.heads * a.value_width, groups = ceil_divide(a.columns, kBlockInputs);
+    const int64_t stride = a.heads * a.value_width, groups = layout.value_groups;
     const int64_t blocks = ceil_divide(a.value_width, kBlockOutputs);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t wide = least(16, a.value_width - block * 16);
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t tall = least(4, a.columns - group * 4);
-        const uint8_t* from = v + group * 4 * stride + block * 16;
-        int8_t* to = values + (block * groups + group) * kBlockBytes;
-        if (wide == 16 && tall == 4) {
-          const uint8_t* const rows[4] = {from, from + stride, from + 2 * stride, from + 3 * stride};
-          L::block_of_rows(rows, to);
-          continue;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t tall = std::max<int64_t>(0, least(4, a.columns - group * 4));
+      const uint8_t* row = v + group * 4 * stride;
+      int8_t* first = values + group * kBlockBytes;
+      if constexpr (L::kBlocksWholeTiles) {
+        for (int64_t c = 0; c < a.value_width; c += 64) {
+          const int columns = static_cast<int>(least(64, a.value_width - c));
+          L::blocks_of_values(row + c, stride, static_cast<int>(tall), columns, first + c * groups * kBlockInputs, groups * kBlockBytes);
         }
-        std::memset(to, 0, kBlockBytes);
-        for (int64_t i = 0; i < wide; ++i)
-          for (int64_t j = 0; j < tall; ++j) to[4 * i + j] = static_cast<int8_t>(from[j * stride + i] - 128);
+      } else {
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t wide = least(16, a.value_width - block * 16);
+          const uint8_t* from = row + block * 16;
+          int8_t* to = first + block * groups * kBlockBytes;
+          if (wide == 16 && tall == 4) {
+            const uint8_t* const rows[4] = {from, from + stride, from + 2 * stride, from + 3 * stride};
+            L::block_of_rows(rows, to);
+            continue;
+          }
+          std::memset(to, 0, kBlockBytes);
+          for (int64_t i = 0; i < wide; ++i)
+            for (int64_t j = 0; j < tall; ++j) to[4 * i + j] = static_cast<int8_t>(from[j * stride + i] - 128);
+        }
       }
     }
     const int32_t p_zero = a.probability.zero_point;
@@ -127,10 +151,11 @@ struct AttentionTask {
   // offset[c] = constant - zero_point * (the sum of column c).
   static void offsets(
       const int8_t* data, int64_t blocks, int64_t groups, int32_t zero_point, int32_t constant, int32_t* offset) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      int32_t column[16];
-      L::store(column, sums_of_block<L>(data + block * groups * kBlockBytes, groups));
-      for (int i = 0; i < 16; ++i) offset[16 * block + i] = constant - zero_point * column[i];
+    for (int64_t block = 0; block < blocks; block += kPanelBlocks) {
+      const int some = static_cast<int>(least(kPanelBlocks, blocks - block));
+      int32_t column[kPanel];
+      sums_of_blocks<L>({data + block * groups * kBlockBytes, groups * kBlockBytes}, some, groups, column);
+      for (int i = 0; i < 16 * some; ++i) offset[16 * block + i] = constant - zero_point * column[i];
     }
   }
 
@@ -151,36 +176,21 @@ struct AttentionTask {
     for (int64_t c = panels; c < a.columns; c += kBlockOutputs) work(L(), c);
   }
 
-  void score_rows(int64_t batch, int64_t head, int64_t row, int rows) {
-    const int64_t stride = a.heads * a.width, block_bytes = ceil_divide(a.width, kBlockInputs) * kBlockBytes;
+  // Whether nothing is added to scores, and larger sums have larger ones.
+  bool scores_are_sums() const { return a.bias.data == nullptr && a.mask.data == nullptr && a.score_scale > 0.0f; }
+
+  void multiply_keys(int64_t batch, int64_t head, int64_t row, int rows) {
+    const int64_t stride = a.heads * a.width, block_bytes = layout.key_groups * kBlockBytes;
     const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
-    int32_t row_offset[kRows];
-    F largest[kRows];
-    for (int r = 0; r < rows; ++r) {
-      row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
-      largest[r] = V::set(kLowest);
-    }
+    product.set_queries(rows, query);
     for (int64_t column = 0; column < a.columns; column += kPanel) {
       const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
       const int blocks = static_cast<int>(least(kPanelBlocks, ceil_divide(a.columns - column, kBlockOutputs)));
-      product.multiply(rows, blocks, query, panel, key_offset + column, tile, nothing_beside);
-      for (int r = 0; r < rows; ++r) {
-        const float *bias = bias_rows.row(row + r), *mask = mask_rows.row(row + r);
-        const int32_t* sum = tile.sum[r];
-        float* score = scores + r * layout.padded_columns;
-        if (blocks == kPanelBlocks) {
-          const auto panel_scores = finish_scores<V>(sum, row_offset[r], column, bias, mask, score);
-          largest[r] = V::maximum(largest[r], panel_scores);
-          continue;
-        }
-        for (int block = 0; block < blocks; ++block) {
-          const int64_t c = column + block * kBlockOutputs;
-          auto& part = largest[r].part[block];
-          part = L::maximum(part, finish_scores<L>(sum + block * kBlockOutputs, row_offset[r], c, bias, mask, score));
-        }
-      }
+      product.scores(blocks, panel, key_offset + column, sums + column, layout.padded_columns);
     }
-    quantize_softmax(rows, largest);
+    for (int r = 0; r < rows; ++r) {
+      row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
+    }
   }
 
   AddendRows rows_of(const mptqc_addend& added, const AttentionPlace& place) const {
@@ -189,26 +199,70 @@ struct AttentionTask {
     return {added.data + (window * added.heads + head) * added.rows * a.columns, added.rows == 1 ? 0 : a.columns};
   }
 
-  // Makes and stores a vector's worth (of U: V or L) of scores, from `column` on.
-  template <class U>
-  MPTQC_INLINE typename U::F finish_scores(
-      const int32_t* from, int32_t row_offset, int64_t column, const float* bias, const float* mask, float* to) const {
-    const int n = count<U>(column);
-    const auto sum = U::add(U::load(from), U::set(row_offset));
-    auto score = U::multiply(U::to_float(sum), U::set(a.score_scale));
-    if (bias != nullptr) score = U::add(score, U::load(bias + column, n));
-    if (mask != nullptr) score = U::add(score, U::load(mask + column, n));
-    if (n < U::kValues) score = U::add(score, U::load(beyond));
-    U::store(to + column, score);
-    return score;
+  // Where scores are sums times a factor: the largest sum has the largest score, and each score is made where it is needed.
+  void quantize_softmax_of_sums(int rows) {
+    float top[kRows];
+    I largest[kRows];
+    for (int r = 0; r < rows; ++r) largest[r] = largest_sums(sums_of(r));
+    for (int r = 0; r < rows; ++r) top[r] = static_cast<float>(V::largest(largest[r]) + row_offset[r]) * a.score_scale;
+    quantize_softmax(rows, top, [this](auto u, int r, int64_t c) {
+      using U = decltype(u);
+      const auto score = score_of_sums<U>(r, c);
+      return count<U>(c) < U::kValues ? U::add(score, U::load(beyond)) : score;
+    });
   }
 
-  // Rows take each step in turn, so that they wait for their sums across lanes together.
-  void quantize_softmax(int rows, const F (&largest)[kRows]) {
-    float top[kRows], sum[kRows];
-    F total[kRows];
+  MPTQC_INLINE I largest_sums(const int32_t* sum) const {
+    auto largest = V::set(INT32_MIN);
+    for_columns([&](auto u, int64_t c) { keep_largest(largest, decltype(u)::load(sum + c)); });
+    return largest;
+  }
+
+  void quantize_softmax_of_scores(int64_t row, int rows) {
+    float top[kRows];
+    F largest[kRows];
+    for (int r = 0; r < rows; ++r) largest[r] = store_scores(r, bias_rows.row(row + r), mask_rows.row(row + r));
     for (int r = 0; r < rows; ++r) top[r] = V::largest(largest[r]);
-    for (int r = 0; r < rows; ++r) total[r] = a.row_scale ? quantize_powers(r, top[r]) : store_powers(r, top[r]);
+    quantize_softmax(rows, top, [this](auto u, int r, int64_t c) { return decltype(u)::load(scores_of(r) + c); });
+  }
+
+  MPTQC_INLINE F store_scores(int r, const float* bias, const float* mask) const {
+    auto largest = V::set(kLowest);
+    for_columns([&](auto u, int64_t c) {
+      using U = decltype(u);
+      const int n = count<U>(c);
+      auto score = score_of_sums<U>(r, c);
+      if (bias != nullptr) score = U::add(score, U::load(bias + c, n));
+      if (mask != nullptr) score = U::add(score, U::load(mask + c, n));
+      if (n < U::kValues) score = U::add(score, U::load(beyond));
+      U::store(scores_of(r) + c, score);
+      keep_largest(largest, score);
+    });
+    return largest;
+  }
+
+  // A vector's worth (of U: V or L) of scores, from column c on.
+  template <class U>
+  MPTQC_INLINE typename U::F score_of_sums(int r, int64_t c) const {
+    auto sum = U::load(sums_of(r) + c);
+    if (signed_k_zero() != 0) sum = U::add(sum, U::set(row_offset[r]));
+    return U::multiply(U::to_float(sum), U::set(a.score_scale));
+  }
+
+  static void keep_largest(F& largest, F x) { largest = V::maximum(largest, x); }
+  static void keep_largest(F& largest, typename L::F x) { largest.part[0] = L::maximum(largest.part[0], x); }
+  static void keep_largest(I& largest, I x) { largest = V::maximum(largest, x); }
+  static void keep_largest(I& largest, typename L::I x) { largest.part[0] = L::maximum(largest.part[0], x); }
+
+  // score(V or L, row, first column) gives scores. Rows take each step in turn, so that they wait for their sums across lanes
+  // together.
+  template <class Score>
+  MPTQC_INLINE void quantize_softmax(int rows, const float (&top)[kRows], const Score& score) {
+    float sum[kRows];
+    F total[kRows];
+    for (int r = 0; r < rows; ++r) {
+      total[r] = a.row_scale ? quantize_powers(r, top[r], score) : store_powers(r, top[r], score);
+    }
     for (int r = 0; r < rows; ++r) sum[r] = V::sum(total[r]);  // of powers, with row_scale of powers / probability.scale
     for (int r = 0; r < rows; ++r) {
       row_factor[r] = a.row_scale ? probability.inverse_scale / sum[r] : 1.0f;
@@ -217,33 +271,39 @@ struct AttentionTask {
     for (int r = 0; r < rows; ++r) code_sum[r] = signed_v_zero() == 0 ? 0 : L::sum_codes(codes_of(r), a.columns);
   }
 
+  const int32_t* sums_of(int r) const { return sums + r * layout.padded_columns; }
   float* scores_of(int r) const { return scores + r * layout.padded_columns; }
   uint8_t* codes_of(int r) const { return codes + r * layout.padded_columns; }
 
   // The largest power is 1, whatever their sum: the codes of P are made at once. Returns the sum of their quotients.
-  MPTQC_INLINE F quantize_powers(int r, float top) const {
-    return powers(r, top, probability.inverse_scale, [&](auto u, int64_t c, auto quotient) {
+  template <class Score>
+  MPTQC_INLINE F quantize_powers(int r, float top, const Score& score) const {
+    const auto q = probability;  // stores of codes cannot change a copy
+    return powers(r, top, q.inverse_scale, score, [&](auto u, int64_t c, const auto& power) {
       using U = decltype(u);
-      store_codes<U>(probability, codes_of(r) + c, steps_of_quotient<U>(probability, quotient), U::kValues);
+      store_codes<U>(q, codes_of(r) + c, steps_of_product<U>(q, power.of_part, power.of_rest), U::kValues);
     });
   }
 
   // Scores become powers; returns their sum.
-  MPTQC_INLINE F store_powers(int r, float top) const {
-    return powers(r, top, 1.0f, [&](auto u, int64_t c, auto power) { decltype(u)::store(scores_of(r) + c, power); });
+  template <class Score>
+  MPTQC_INLINE F store_powers(int r, float top, const Score& score) const {
+    return powers(r, top, 1.0f, score, [&](auto u, int64_t c, const auto& power) {
+      using U = decltype(u);
+      U::store(scores_of(r) + c, U::multiply(power.of_part, power.of_rest));
+    });
   }
 
   // Calls work(V or L, first column, factor * e^(score - top)) for all columns of a row; returns the sum of these. Those
   // beyond the last column are 2^-124 of the largest.
-  template <class Work>
-  MPTQC_INLINE F powers(int r, float top, float factor, const Work& work) const {
+  template <class Score, class Work>
+  MPTQC_INLINE F powers(int r, float top, float factor, const Score& score, const Work& work) const {
     auto total = V::set(0.0f);
     const auto table = roots;  // here it can stay in registers, as no store may change it
-    const float* score = scores_of(r);
     for_columns([&](auto u, int64_t c) {
       using U = decltype(u);
-      const auto power = power_of_e<U>(table, U::subtract(U::load(score + c), U::set(top)), factor);
-      add_to(total, power);
+      const PowerOfE<U> power(table, U::subtract(score(u, r, c), U::set(top)), factor);
+      add_product(total, power.of_part, power.of_rest);
       work(u, c, power);
     });
     return total;
@@ -251,36 +311,37 @@ struct AttentionTask {
 
   // The codes of quotient * power. Those beyond the last column are multiplied with values that are 0.
   MPTQC_INLINE void quantize_quotients(int r, float quotient) const {
+    const auto q = probability;
     for_columns([&](auto u, int64_t c) {
       using U = decltype(u);
-      const auto x = U::multiply(U::load(scores_of(r) + c), U::set(quotient));
-      store_codes<U>(probability, codes_of(r) + c, steps_of_quotient<U>(probability, x), U::kValues);
+      const auto steps = steps_of_product<U>(q, U::load(scores_of(r) + c), U::set(quotient));
+      store_codes<U>(q, codes_of(r) + c, steps, U::kValues);
     });
   }
 
-  static void add_to(F& total, F x) { total = V::add(total, x); }
-  static void add_to(F& total, typename L::F x) { total.part[0] = L::add(total.part[0], x); }
+  static void add_product(F& total, F x, F y) { total = V::multiply_add(x, y, total); }
+  static void add_product(F& total, typename L::F x, typename L::F y) { total.part[0] = L::multiply_add(x, y, total.part[0]); }
 
   // How many of the values of a U from column c on there are.
   template <class U>
   int count(int64_t c) const { return static_cast<int>(least(U::kValues, a.columns - c)); }
 
   void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
-    const int64_t block_bytes = ceil_divide(a.columns, kBlockInputs) * kBlockBytes;
+    const int64_t block_bytes = layout.value_groups * kBlockBytes;
     const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
     for (int64_t column = 0; column < a.value_width; column += kPanel) {
       const int columns = static_cast<int>(least(kPanel, a.value_width - column));
+      const int blocks = static_cast<int>(ceil_divide(columns, kBlockOutputs));
       const Blocks panel = {values + column / 16 * block_bytes, block_bytes};
-      product.multiply(rows, static_cast<int>(ceil_divide(columns, 16)), p, panel, value_offset + column, tile,
-                       nothing_beside);
-      for (int r = 0; r < rows; ++r) {
+      const int32_t* sum = product.context(rows, blocks, p, panel, value_offset + column);
+      for (int r = 0; r < rows; ++r, sum += kPanel) {
         const int64_t to = ((batch * a.rows + row + r) * a.heads + head) * a.value_width + column;
         if (columns == kPanel) {
-          write_row<V>(tile.sum[r], r, to, columns);
+          write_row<V>(sum, r, to, columns);
           continue;
         }
         for (int c = 0; c < columns; c += kBlockOutputs) {
-          write_row<L>(tile.sum[r] + c, r, to + c, static_cast<int>(least(kBlockOutputs, columns - c)));
+          write_row<L>(sum + c, r, to + c, static_cast<int>(least(kBlockOutputs, columns - c)));
         }
       }
     }

@@ -12,27 +12,31 @@ constexpr float kRoots[16] = {
     0.960919797f, 0.958377779f, 0.957106769f, 0.957163095f, 0.958605409f, 0.961495161f,
     0.965896428f, 0.971876085f, 0.979504049f, 0.988853276f};
 
-// factor * e^x for x <= 0, given the table of kRoots. Its relative error is under 2^-20 down to x = -20, where a power no
-// longer counts; x below -86 count as that, so that no power is a denormal.
+// factor * e^x for x <= 0 as a product of two, given the table of kRoots. Its relative error is under 2^-20 down to x = -20,
+// where a power no longer counts; x below -86 count as that, so that no power is a denormal.
 //
 // e^x = 2^(w + part), w being x / ln 2 to the nearest 1/16. A parabola gives 2^part. A shifter of 2^-4 the weight leaves
 // sixteenths in the low bits of its sum: the last four of them name a root of 2, the others are added to its exponent.
 template <class V>
-MPTQC_INLINE typename V::F power_of_e(const typename V::Table& roots, typename V::F x, float factor) {
-  const auto inverse_ln2 = V::set(1.44269504f), shifter = V::set(kShifter / 16);
-  x = V::maximum(x, V::set(-86.0f));
-  const auto shifted = V::multiply_add(x, inverse_ln2, shifter);
-  const auto back = V::subtract_product(V::subtract(shifted, shifter), x, inverse_ln2);  // -part
-  auto power = V::multiply_add(back, V::set(0.240226254f * factor), V::set(-0.693187952f * factor));
-  power = V::multiply_add(back, power, V::set(factor));
-  const auto bits = V::as_int(shifted);
-  return V::multiply(power, V::as_float(V::add(V::as_int(V::look_up(roots, bits)), V::shift_left(bits, 19))));
-}
+struct PowerOfE {
+  typename V::F of_part, of_rest;
+
+  MPTQC_INLINE PowerOfE(const typename V::Table& roots, typename V::F x, float factor) {
+    const auto inverse_ln2 = V::set(1.44269504f), shifter = V::set(kShifter / 16);
+    x = V::maximum(x, V::set(-86.0f));
+    const auto shifted = V::multiply_add(x, inverse_ln2, shifter);
+    const auto back = V::subtract_product(V::subtract(shifted, shifter), x, inverse_ln2);  // -part
+    of_part = V::multiply_add(back, V::set(0.240226254f * factor), V::set(-0.693187952f * factor));
+    of_part = V::multiply_add(back, of_part, V::set(factor));
+    const auto bits = V::as_int(shifted);
+    of_rest = V::as_float(V::add(V::as_int(V::look_up(roots, bits)), V::shift_left(bits, 19)));
+  }
+};
 
 // What a GELU, or SiLU, is short of max(x, 0), for u = |x|, in 16 segments, the middle of segment i being
-// u = i / segments_per_unit: coefficients for powers of the way back to it, in segments, the highest first. Fits at
-// Chebyshev's nodes; from `last` on there is as good as nothing left.
-constexpr int kTailDegree = 4;
+// u = i / segments_per_unit: coefficients of powers of u, the highest first. Fits at Chebyshev's nodes; from `last` on there
+// is as good as nothing left.
+constexpr int kTailDegree = 3;
 struct Tail {
   float segments_per_unit, last, segments[kTailDegree + 1][16];
 };
@@ -48,73 +52,62 @@ struct TailTables {
   }
 };
 
-// -u * (1 - Phi(u)), within 2^-22: that of x/2 * (1 + erf(x/sqrt 2)).
-constexpr Tail kGeluTail = {3.1f, 4.99f, {
-    {-0.000708864594f, -0.000558004191f, -0.000184219258f, 0.0001867471f, 0.000379503326f, 0.000363291067f,
-     0.000226447941f, 8.08171826e-05f, -1.03976618e-05f, -4.22456324e-05f, -3.89271263e-05f, -2.47354747e-05f,
-     -1.24723583e-05f, -5.24449024e-06f, -1.88376475e-06f, -5.85997043e-07f},
-    {6.23805136e-06f, 0.00264407392f, 0.00416505523f, 0.0041238945f, 0.00292004272f, 0.00137715205f, 0.000178391274f,
-     -0.000424933532f, -0.000544736919f, -0.000423605525f, -0.00025443596f, -0.000126399449f, -5.35078834e-05f,
-     -1.96128913e-05f, -6.28537919e-06f, -1.77241952e-06f},
-    {0.0415144116f, 0.0373579115f, 0.0266971085f, 0.0138206221f, 0.00302545563f, -0.00339972391f, -0.00556890899f,
-     -0.00502529647f, -0.00346245873f, -0.00197249954f, -0.000959722325f, -0.000405490078f, -0.000150224514f,
-     -4.91053033e-05f, -1.42228146e-05f, -3.66126278e-06f},
-    {0.161290392f, 0.0810785368f, 0.0162558425f, -0.0242341999f, -0.0404643156f, -0.0393073373f, -0.0297355391f,
-     -0.0188418813f, -0.010298362f, -0.00492708292f, -0.00208078511f, -0.000779729045f, -0.000260160043f,
-     -7.74752771e-05f, -2.06284967e-05f, -4.91720493e-06f},
-    {0.0f, -0.120485939f, -0.167362154f, -0.161212876f, -0.12705721f, -0.0861012414f, -0.0512234978f, -0.0270308796f,
-     -0.0127246296f, -0.00536138983f, -0.00202610111f, -0.000687674154f, -0.000209814549f, -5.75826125e-05f,
-     -1.42213903e-05f, -3.16174169e-06f},
+// -u * (1 - Phi(u)), within 2^-17.8: that of x/2 * (1 + erf(x/sqrt 2)).
+constexpr Tail kGeluTail = {3.2f, 4.84f, {
+    {-0.0206550043f, -0.0768120363f, -0.122804321f, -0.124921918f, -0.0926001146f, -0.0478787869f, -0.0106293531f,
+     0.0102469036f, 0.0163285099f, 0.013979651f, 0.00908689294f, 0.0048749866f, 0.00223391363f, 0.000890053809f,
+     0.000311608135f, 9.71962872e-05f},
+    {0.400953948f, 0.43210879f, 0.493851811f, 0.495802909f, 0.388036817f, 0.199307114f, 0.00823992305f, -0.117774323f,
+     -0.159698188f, -0.14062421f, -0.0970195606f, -0.0556607246f, -0.0272952598f, -0.0116189998f, -0.00433513848f,
+     -0.0014365341f},
+    {-0.500062764f, -0.50616765f, -0.534290135f, -0.53349179f, -0.413367838f, -0.147343218f, 0.179785326f, 0.433569193f,
+     0.529942811f, 0.478304505f, 0.348710179f, 0.213285461f, 0.111704975f, 0.0507345684f, 0.0201550275f, 0.00709079159f},
+    {3.06513527e-07f, 0.000411589106f, 0.00476248236f, 0.00395561755f, -0.0408028476f, -0.166045859f, -0.352994353f,
+     -0.523521781f, -0.597400486f, -0.550794244f, -0.422350585f, -0.274484545f, -0.15318957f, -0.0741244182f,
+     -0.0313216671f, -0.0116910012f},
 }};
 
-// -u/2 * (1 - tanh(sqrt(2/pi) * (u + 0.044715 u^3))), within 2^-22.
-constexpr Tail kTanhGeluTail = {3.1f, 4.99f, {
-    {-0.000712175737f, -0.000558133353f, -0.000179111594f, 0.000190113016f, 0.000374709314f, 0.000355299155f,
-     0.000224785297f, 8.632549e-05f, -4.71310477e-06f, -4.11484398e-05f, -4.11386027e-05f, -2.69731408e-05f,
-     -1.33065714e-05f, -5.11030703e-06f, -1.53948258e-06f, -3.63061531e-07f},
-    {6.37970697e-06f, 0.00265318505f, 0.00416326802f, 0.00410209456f, 0.00290065352f, 0.00138658879f, 0.000209289588f,
-     -0.000403255603f, -0.00054787274f, -0.00044077207f, -0.000268313044f, -0.000130514687f, -5.14078129e-05f,
-     -1.63846798e-05f, -4.19859407e-06f, -8.57253497e-07f},
-    {0.0415144414f, 0.0373402014f, 0.0266620461f, 0.01382301f, 0.00309950765f, -0.00330687221f, -0.00554422243f,
-     -0.00508811185f, -0.00355325267f, -0.00202729669f, -0.000963999773f, -0.000382780214f, -0.000126185812f,
-     -3.42115563e-05f, -7.54390567e-06f, -1.3367528e-06f},
-    {0.161290392f, 0.081091322f, 0.0163270384f, -0.024119718f, -0.0404273942f, -0.0394523703f, -0.0300092679f,
-     -0.019072568f, -0.0103625553f, -0.0048385784f, -0.00193505955f, -0.000657486788f, -0.000187787839f,
-     -4.45460028e-05f, -8.66491337e-06f, -1.36396761e-06f},
-    {0.0f, -0.120489255f, -0.167404354f, -0.161354229f, -0.127286538f, -0.0862797573f, -0.0511810258f, -0.0267213397f,
-     -0.0122629832f, -0.00491807703f, -0.00170844863f, -0.000508501893f, -0.000128116546f, -2.69749344e-05f,
-     -4.68374856e-06f, -6.61649835e-07f},
+// -u/2 * (1 - tanh(sqrt(2/pi) * (u + 0.044715 u^3))), within 2^-17.8.
+constexpr Tail kTanhGeluTail = {3.2f, 4.84f, {
+    {-0.0207550395f, -0.077085346f, -0.122789808f, -0.124310397f, -0.0919547975f, -0.0480096526f, -0.0114986273f,
+     0.00946886931f, 0.0162435379f, 0.0144335227f, 0.00957221352f, 0.00509528723f, 0.00221990841f, 0.000793543586f,
+     0.000231723359f, 5.53402169e-05f},
+    {0.400963604f, 0.432202607f, 0.493496984f, 0.494056672f, 0.386244267f, 0.2008259f, 0.0135249067f, -0.113109268f,
+     -0.159921601f, -0.145109341f, -0.101751566f, -0.0577762574f, -0.0268943161f, -0.0102612255f, -0.00319160172f,
+     -0.00080957805f},
+    {-0.500063062f, -0.506182492f, -0.534070671f, -0.532184541f, -0.412080318f, -0.150773078f, 0.169944569f, 0.425118536f,
+     0.532993615f, 0.492596418f, 0.363636881f, 0.219598576f, 0.109006286f, 0.0443363748f, 0.0146769378f, 0.00395221822f},
+    {3.07975256e-07f, 0.000412470545f, 0.00472244853f, 0.00363035151f, -0.0410953388f, -0.164094314f, -0.347400665f,
+     -0.518958628f, -0.601863623f, -0.565146029f, -0.437233925f, -0.279912502f, -0.147856861f, -0.0640229359f,
+     -0.0225372277f, -0.00643900549f},
 }};
 
-// -u / (1 + e^(1.702 u)), within 2^-17.
-constexpr Tail kQuickGeluTail = {1.8f, 8.6f, {
-    {-0.00894819759f, -0.00107354042f, 0.00387541926f, 0.00186434377f, 0.000357994897f, -5.86589231e-05f,
-     -9.85457518e-05f, -6.59461948e-05f, -3.58647703e-05f, -1.7803919e-05f, -8.39891163e-06f, -3.83472525e-06f,
-     -1.71117142e-06f, -7.5065833e-07f, -3.24963452e-07f, -1.3919211e-07f},
-    {0.000466948812f, 0.0246595666f, 0.0152604906f, 0.00326445629f, -0.000709337066f, -0.00109479658f,
-     -0.000729578896f, -0.000396136806f, -0.000196359193f, -9.25096392e-05f, -4.21910263e-05f, -1.88100785e-05f,
-     -8.24564813e-06f, -3.56747432e-06f, -1.52731945e-06f, -6.4826213e-07f},
-    {0.131414264f, 0.0838194862f, 0.0181059912f, -0.00718023488f, -0.00922867842f, -0.00603835145f, -0.00325804972f,
-     -0.00160898385f, -0.000756029156f, -0.000344114582f, -0.000153178975f, -6.70655136e-05f, -2.89870768e-05f,
-     -1.2399948e-05f, -5.25951691e-06f, -2.21504774e-06f},
-    {0.277782589f, 0.0496240258f, -0.0468510985f, -0.0516790748f, -0.0333760977f, -0.0179581475f, -0.00885429233f,
-     -0.00415484281f, -0.00188896095f, -0.000840056688f, -0.000367512635f, -0.000158745403f, -6.78715296e-05f,
-     -2.87754283e-05f, -1.21142448e-05f, -5.06954666e-06f},
-    {0.0f, -0.155433193f, -0.145686597f, -0.0922910497f, -0.0494777858f, -0.0243570488f, -0.0114154099f,
-     -0.00518440921f, -0.00230354071f, -0.0010070164f, -0.000434708345f, -0.000185764147f, -7.87243334e-05f,
-     -3.31302472e-05f, -1.38599298e-05f, -5.76866296e-06f},
+// -u / (1 + e^(1.702 u)), within 2^-16 up to `last`, 2^-17 u beyond.
+constexpr Tail kQuickGeluTail = {2.2f, 7.04f, {
+    {-0.0455731638f, -0.136903822f, -0.121175602f, -0.0506320558f, -0.0086701652f, 0.00494911242f, 0.00652164035f,
+     0.00489244238f, 0.00309033901f, 0.00179828354f, 0.000998128904f, 0.000537318294f, 0.000283107511f, 0.000146800914f,
+     7.51813132e-05f, 3.82720282e-05f},
+    {0.431902468f, 0.500263631f, 0.454998434f, 0.215376064f, 0.0188407898f, -0.0627655312f, -0.0739319324f, -0.0593882129f,
+     -0.0409975871f, -0.0260781217f, -0.0157552436f, -0.00918435585f, -0.0052136695f, -0.00289905188f, -0.00158534234f,
+     -0.000858134299f},
+    {-0.500289559f, -0.51850605f, -0.478448391f, -0.205389559f, 0.102427289f, 0.265695065f, 0.292090386f, 0.248776034f,
+     0.186170921f, 0.128712922f, 0.0843006819f, 0.0530568697f, 0.0323769525f, 0.0192720946f, 0.0112379175f, 0.00646106061f},
+    {2.05459969e-06f, 0.00169558974f, -0.00957771577f, -0.113957398f, -0.275194317f, -0.384269893f, -0.405038089f,
+     -0.362001747f, -0.290909767f, -0.217106611f, -0.153385818f, -0.103847176f, -0.0679347664f, -0.0431960486f,
+     -0.0268143583f, -0.016353026f},
 }};
 
 // The tail of factor * f(x / factor), given that of f.
 constexpr Tail widened(Tail tail, float factor) {
   tail.segments_per_unit /= factor;
   tail.last *= factor;
-  for (auto& coefficients : tail.segments)
-    for (float& each : coefficients) each *= factor;
+  float power = factor;  // factor^(1 - degree)
+  for (int degree = 0; degree <= kTailDegree; ++degree, power /= factor)
+    for (float& each : tail.segments[kTailDegree - degree]) each *= power;
   return tail;
 }
 
-// -u / (1 + e^u), within 2^-16.
+// -u / (1 + e^u), within 2^-15 u.
 constexpr Tail kSiluTail = widened(kQuickGeluTail, 1.702f);
 
 // Null: there is no activation.
@@ -126,17 +119,18 @@ constexpr const Tail* tail_of(int32_t activation) {
                                           : nullptr;
 }
 
+// No activation falls below this.
+constexpr float kLowestActivation = -0.28f;
+
 // A GELU, or SiLU: max(x, 0), less what falls off to both sides alike.
 template <class V>
 MPTQC_INLINE typename V::F gelu(const Tail& t, const typename V::Table (&tables)[kTailDegree + 1], typename V::F x) {
-  const auto size = V::minimum(V::absolute(x), V::set(t.last)), per_unit = V::set(t.segments_per_unit);
-  const auto shifted = V::multiply_add(size, per_unit, V::set(kShifter));
-  const auto segment = V::as_int(shifted);
-  const auto back = V::subtract_product(V::subtract(shifted, V::set(kShifter)), size, per_unit);
+  const auto size = V::least_magnitude(x, V::set(t.last));
+  const auto segment = V::as_int(V::multiply_add(size, V::set(t.segments_per_unit), V::set(kShifter)));
   auto tail = V::look_up(tables[0], segment);
   MPTQC_UNROLL
-  for (int i = 1; i <= kTailDegree; ++i) tail = V::multiply_add(tail, back, V::look_up(tables[i], segment));
-  return V::add(V::maximum(x, V::set(0.0f)), tail);
+  for (int i = 1; i <= kTailDegree; ++i) tail = V::multiply_add(tail, size, V::look_up(tables[i], segment));
+  return V::add_positive(tail, x);
 }
 
 }  // namespace mptqc

@@ -18,7 +18,7 @@ struct LanesAvx2 {
   static constexpr int kValues = 16;
   static constexpr int kRows = 4, kVectors = 1;
   static constexpr int32_t kTaken = 0;
-  static constexpr bool kLooksUpTwo = true;
+  static constexpr bool kLooksUpTwo = true, kBlocksWholeTiles = false;
 
   struct F {
     __m256 low, high;
@@ -85,23 +85,24 @@ struct LanesAvx2 {
     return _mm256_adds_epi16(_mm256_packs_epi32(steps.low, steps.high), zero);
   }
   // Packing works within halves of a register: as words, that of vectors a and b gives a0 a2 b0 b2, a1 a3 b1 b3.
-  static __m256i codes_of_words(__m256i a, __m256i b, int32_t minimum) {
+  static __m256i codes_of_words(__m256i a, __m256i b, int32_t minimum, int32_t maximum) {
     const __m256i least = _mm256_set1_epi8(static_cast<int8_t>(minimum));
-    const __m256i codes = _mm256_max_epu8(_mm256_packus_epi16(a, b), least);
+    const __m256i most = _mm256_set1_epi8(static_cast<int8_t>(maximum));
+    const __m256i codes = _mm256_min_epu8(_mm256_max_epu8(_mm256_packus_epi16(a, b), least), most);
     return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
-  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int32_t maximum, int n) {
     const __m256i words = code_words(steps, zero_point);
-    const __m128i codes = _mm256_castsi256_si128(codes_of_words(words, words, minimum));
+    const __m128i codes = _mm256_castsi256_si128(codes_of_words(words, words, minimum, maximum));
     if (n == 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
     uint8_t code[16];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(code), codes);
     std::memcpy(to, code, n);
   }
-  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum) {
+  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum, int32_t maximum) {
     for (int i = 0; i < 4; i += 2) {
       const __m256i first = code_words(steps[i], zero_point), second = code_words(steps[i + 1], zero_point);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), codes_of_words(first, second, minimum));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), codes_of_words(first, second, minimum, maximum));
     }
   }
   static I mask(int n) {
@@ -125,10 +126,11 @@ struct LanesAvx2 {
   }
   static F minimum(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
   static F maximum(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
-  static F absolute(F a) {
+  static F least_magnitude(F a, F bound) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+    return minimum({_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)}, bound);
   }
+  static F add_positive(F a, F x) { return add(a, maximum(x, set(0.0f))); }
   static F look_up(const Table& table, I index) {
     F out, same;
     look_up(table, index, index, out, same);
@@ -153,6 +155,7 @@ struct LanesAvx2 {
   static I to_int(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
   static F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
   static I add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+  static I maximum(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
   static I shift_left(I a, int bits) { return {_mm256_slli_epi32(a.low, bits), _mm256_slli_epi32(a.high, bits)}; }
   static F where_at_least(F x, F bound, F a, F b) {
     return {_mm256_blendv_ps(b.low, a.low, _mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ)),
@@ -167,6 +170,12 @@ struct LanesAvx2 {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  static int32_t largest(I a) {
+    const __m256i eight = _mm256_max_epi32(a.low, a.high);
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0b1110));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
   }
 
   static int32_t sum_codes(const uint8_t* codes, int64_t n) {

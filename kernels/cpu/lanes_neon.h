@@ -16,7 +16,7 @@ struct LanesNeon {
   static constexpr int kValues = 16;
   static constexpr int kRows = 5, kVectors = 1;  // 20 registers of sums, of 32; GCC loads the codes of all rows first
   static constexpr int32_t kTaken = 0;
-  static constexpr bool kLooksUpTwo = false;
+  static constexpr bool kLooksUpTwo = false, kBlocksWholeTiles = false;
   static constexpr int kParts = 4;
 
   struct F {
@@ -76,23 +76,24 @@ struct LanesNeon {
     for (int i = 0; i < kParts; ++i) vst1q_s32(to + 4 * i, a.part[i]);
   }
 
-  static uint8x16_t codes_of(I steps, int32_t zero_point, int32_t minimum) {
+  static uint8x16_t codes_of(I steps, int32_t zero_point, int32_t minimum, int32_t maximum) {
     const int16x8_t zero = vdupq_n_s16(static_cast<int16_t>(zero_point));
     const int16x8_t low = vcombine_s16(vqmovn_s32(steps.part[0]), vqmovn_s32(steps.part[1]));
     const int16x8_t high = vcombine_s16(vqmovn_s32(steps.part[2]), vqmovn_s32(steps.part[3]));
     const uint8x16_t codes = vcombine_u8(vqmovun_s16(vqaddq_s16(low, zero)), vqmovun_s16(vqaddq_s16(high, zero)));
-    return vmaxq_u8(codes, vdupq_n_u8(static_cast<uint8_t>(minimum)));
+    const uint8x16_t least = vmaxq_u8(codes, vdupq_n_u8(static_cast<uint8_t>(minimum)));
+    return vminq_u8(least, vdupq_n_u8(static_cast<uint8_t>(maximum)));
   }
-  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
-    const uint8x16_t codes = codes_of(steps, zero_point, minimum);
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int32_t maximum, int n) {
+    const uint8x16_t codes = codes_of(steps, zero_point, minimum, maximum);
     if (n == 16) return vst1q_u8(to, codes);
     uint8_t code[16];
     vst1q_u8(code, codes);
     std::memcpy(to, code, n);
   }
-  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum) {
+  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum, int32_t maximum) {
     MPTQC_UNROLL
-    for (int i = 0; i < 4; ++i) vst1q_u8(to + 16 * i, codes_of(steps[i], zero_point, minimum));
+    for (int i = 0; i < 4; ++i) vst1q_u8(to + 16 * i, codes_of(steps[i], zero_point, minimum, maximum));
   }
 
   static F first(int n, F a, F b) {
@@ -124,9 +125,10 @@ struct LanesNeon {
   static F maximum(F a, F b) {
     return parts<F>([&](int i) { return vbslq_f32(vcgtq_f32(a.part[i], b.part[i]), a.part[i], b.part[i]); });
   }
-  static F absolute(F a) {
-    return parts<F>([&](int i) { return vabsq_f32(a.part[i]); });
+  static F least_magnitude(F a, F bound) {
+    return minimum(parts<F>([&](int i) { return vabsq_f32(a.part[i]); }), bound);
   }
+  static F add_positive(F a, F x) { return add(a, maximum(x, set(0.0f))); }
   static F look_up(const Table& table, I index) {
     return parts<F>([&](int i) {
       const uint32x4_t entry = vandq_u32(vreinterpretq_u32_s32(index.part[i]), vdupq_n_u32(15));
@@ -143,6 +145,9 @@ struct LanesNeon {
   }
   static I add(I a, I b) {
     return parts<I>([&](int i) { return vaddq_s32(a.part[i], b.part[i]); });
+  }
+  static I maximum(I a, I b) {
+    return parts<I>([&](int i) { return vmaxq_s32(a.part[i], b.part[i]); });
   }
   static I shift_left(I a, int bits) {
     return parts<I>([&](int i) { return vshlq_s32(a.part[i], vdupq_n_s32(bits)); });
@@ -164,6 +169,9 @@ struct LanesNeon {
   }
   static float largest(F a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.part[0], a.part[1]), vmaxq_f32(a.part[2], a.part[3])));
+  }
+  static int32_t largest(I a) {
+    return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.part[0], a.part[1]), vmaxq_s32(a.part[2], a.part[3])));
   }
   static int32_t sum_codes(const uint8_t* codes, int64_t n) {
     int32_t total = 0;

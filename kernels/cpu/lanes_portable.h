@@ -16,6 +16,7 @@ struct LanesPortable {
   static constexpr int kRows = 4, kVectors = 1;  // of the product's register tile
   static constexpr int32_t kTaken = 0;  // what `spread` takes off codes: 0 or 128
   static constexpr bool kLooksUpTwo = false;  // whether `look_up` is there for two indices, as in lanes_avx2.h
+  static constexpr bool kBlocksWholeTiles = false;  // whether blocks are made at once, as in lanes_avx512_vnni.h
 
   struct F {
     float lane[16];
@@ -63,16 +64,17 @@ struct LanesPortable {
   static void store(float* to, F a, int n) { std::memcpy(to, a.lane, sizeof(float) * n); }
   static void store(int32_t* to, I a) { std::memcpy(to, a.lane, sizeof a.lane); }
 
-  // The first n codes: steps + zero_point, held between minimum and 255.
-  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
+  // The first n codes: steps + zero_point, held between minimum and maximum. Steps may be anything that is less than
+  // 2^31 - 256.
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int32_t maximum, int n) {
     for (int i = 0; i < n; ++i) {
       const int32_t code = steps.lane[i] + zero_point, least = code > minimum ? code : minimum;
-      to[i] = static_cast<uint8_t>(least < 255 ? least : 255);
+      to[i] = static_cast<uint8_t>(least < maximum ? least : maximum);
     }
   }
   // The same of four vectors.
-  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum) {
-    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, steps[i], zero_point, minimum, 16);
+  static void store_codes(uint8_t* to, const I (&steps)[4], int32_t zero_point, int32_t minimum, int32_t maximum) {
+    for (int i = 0; i < 4; ++i) store_codes(to + 16 * i, steps[i], zero_point, minimum, maximum, 16);
   }
 
   // The first n lanes of a, the others of b.
@@ -112,8 +114,14 @@ struct LanesPortable {
     for (int i = 0; i < 16; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
   }
-  static F absolute(F a) {
+  // |a|, at most `bound`.
+  static F least_magnitude(F a, F bound) {
     for (float& lane : a.lane) lane = std::fabs(lane);
+    return minimum(a, bound);
+  }
+  // a + max(x, 0)
+  static F add_positive(F a, F x) {
+    for (int i = 0; i < 16; ++i) a.lane[i] += x.lane[i] > 0.0f ? x.lane[i] : 0.0f;
     return a;
   }
   // The entry that the low 4 bits of each lane name.
@@ -138,6 +146,10 @@ struct LanesPortable {
   }
   static I add(I a, I b) {  // wrapping
     for (int i = 0; i < 16; ++i) a.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i]));
+    return a;
+  }
+  static I maximum(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
   }
   static I shift_left(I a, int bits) {
@@ -168,6 +180,10 @@ struct LanesPortable {
   static float largest(F a) {
     for (int half = 8; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) a.lane[i] = a.lane[i] > a.lane[i + half] ? a.lane[i] : a.lane[i + half];
+    return a.lane[0];
+  }
+  static int32_t largest(I a) {
+    for (int i = 1; i < 16; ++i) a.lane[0] = a.lane[i] > a.lane[0] ? a.lane[i] : a.lane[0];
     return a.lane[0];
   }
 

@@ -7,6 +7,7 @@
 #include "functions.h"
 #include "product.h"
 #include "quantizer.h"
+#include "strip.h"
 
 namespace mptqc {
 
@@ -17,7 +18,8 @@ struct LinearTask {
   Output output;
   const Tail* const tail;  // of the activation; null: there is none
   const TailTables<L> tables;
-  float gelu_factor[kPanel];
+  float factor[kPanel];  // what an activation is multiplied with: its multiplier, and the quantizer's inverse scale if that is next
+  bool rounds_by_adding;  // no activation times its factor is too low for steps_of_product
   int32_t own_offset[kPanel];
 
   explicit LinearTask(const mptqc_linear& arguments)
@@ -26,54 +28,107 @@ struct LinearTask {
         tail(tail_of(arguments.activation)),
         tables(tail) {}
 
+  // Where a task's outputs are.
+  struct Place {
+    int64_t first_row, end_row, first_column;
+    int columns;
+
+    Place(const mptqc_linear& a, int64_t task) {
+      const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
+      first_column = task % panels * kPanel;
+      first_row = task / panels * chunk;
+      end_row = least(first_row + chunk, a.rows);
+      columns = static_cast<int>(least(kPanel, a.outputs - first_column));
+    }
+  };
+
+  // What comes behind the product. Frequent ends have code of their own, that finds all it needs in registers.
+  enum class End { kCodes, kFloats, kActivationCodes, kAny };
+
+  End end() const {
+    if (a.unit_heads.width != 0 || a.factor != nullptr || a.rotary.cosine != nullptr) return End::kAny;
+    if (tail != nullptr) return rounds_by_adding ? End::kActivationCodes : End::kAny;
+    if (a.multiplier != nullptr) return End::kAny;
+    return !output.quantized ? End::kFloats : a.residual == nullptr ? End::kCodes : End::kAny;
+  }
+
   void run(int64_t task) {
-    const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
-    const int64_t first_column = task % panels * kPanel, first_row = task / panels * chunk;
-    const int64_t end_row = least(first_row + chunk, a.rows);
-    const int columns = static_cast<int>(least(kPanel, a.outputs - first_column));
-    const int blocks = static_cast<int>(ceil_divide(columns, kBlockOutputs));
-    const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes;
-    const Blocks weight = {a.weight + first_column / kBlockOutputs * block_bytes, block_bytes};
-    const int64_t panel_bytes = kPanelBlocks * block_bytes;
-    const bool fetch_next = first_column + kPanel < a.outputs && !Product<L>::fetches(panel_bytes);
-    const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_bytes, chunk) : 0;  // with each row
+    const Place place(a, task);
+    if (tail != nullptr) make_factors(place.first_column);
+    constexpr int columns = Product<L>::kColumns;
+    switch (end()) {
+      case End::kCodes:
+        return run_tiles<End::kCodes, columns>(place);
+      case End::kFloats:
+        return run_tiles<End::kFloats, columns>(place);
+      case End::kActivationCodes:
+        return run_tiles<End::kActivationCodes, columns>(place);
+      case End::kAny:  // heads may be as wide as a panel
+        return run_tiles<End::kAny, kPanel>(place);
+    }
+  }
+
+  // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
+  template <int Columns>
+  struct Waiting {
+    const Tile<Product<L>::kRows, Columns>* tile = nullptr;
+    int64_t row = 0, column = 0;  // of its first sum, in the output
+    int next = 0, end = 0, columns = 0;  // the rows that wait
+    int strips = 0, credit = 0;  // what each part of a product adds to the credit; a strip costs as much as there are parts
+  };
+
+  template <End kEnd, int Columns>
+  void run_tiles(const Place& place) {
+    using Rows = Strip<L, Columns>;
+    const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes, panel_bytes = kPanelBlocks * block_bytes;
+    const Blocks panel = {a.weight + place.first_column / kBlockOutputs * block_bytes, block_bytes};
+    const int32_t* offset = offset_of(panel, static_cast<int>(ceil_divide(place.columns, kBlockOutputs)), place.first_column);
+    const bool fetch_next = place.first_column + kPanel < a.outputs && !Product<L>::fetches(panel_bytes);
+    const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_bytes, place.end_row - place.first_row) : 0;  // with each strip
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
-    const int8_t* next = weight.data + panel_bytes;
-    if (tail != nullptr) make_gelu_factor(first_column);
-    const int32_t* offset = offset_of(weight, blocks, first_column);
-    // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
+    const int8_t* next = panel.data + panel_bytes;
+    const Ends<kEnd> ends(*this);
     Product<L> product(a.span);
-    Tile<Product<L>::kRows> tiles[2] = {};
-    const Tile<Product<L>::kRows>* waiting = nullptr;
-    int64_t waiting_row = 0;
-    int waiting_rows = 0;
-    const auto finish_part = [&](int part, int parts) {
-      for (int r = waiting_rows * part / parts; r < waiting_rows * (part + 1) / parts; ++r) {
-        finish(waiting->sum[r], target_row(waiting_row + r), first_column, columns);
+    Tile<Product<L>::kRows, Columns> tiles[2];
+    Waiting<Columns> waiting;
+    const auto finish_part = [&](int parts) __attribute__((noinline)) {
+      const auto own = ends;
+      for (waiting.credit += waiting.strips; waiting.credit >= parts; waiting.credit -= parts) {
+        const int r = waiting.next;
+        Rows strip = {static_cast<int>(least(Rows::kRows, waiting.end - r)), waiting.columns, {}};
+        for (int i = 0; i < Rows::kRows; ++i) {
+          strip.index[i] = i < strip.rows ? target_row(waiting.row + r + i) * a.outputs + waiting.column : strip.index[0];
+        }
+        own.template finish<Rows>(strip, waiting.tile->sum[r], waiting.row + r, waiting.column);
+        waiting.next += Rows::kRows;
         next = prefetch(next, fetch_bytes);
       }
     };
-    for (int64_t row = first_row; row < end_row; row += Product<L>::kRows) {
-      const int rows = static_cast<int>(least(Product<L>::kRows, end_row - row));
-      const Codes input = {a.input + row * a.inputs, a.inputs, a.inputs};
-      for (int r = 0; fetch_output && r < rows; ++r) prefetch_output(target_row(row + r) * a.outputs + first_column);
-      auto& tile = tiles[waiting == tiles];
-      product.multiply(rows, blocks, input, weight, offset, tile, finish_part);
-      waiting = &tile;
-      waiting_row = row;
-      waiting_rows = rows;
+    for (int first = 0; first < place.columns; first += Columns) {
+      const int columns = static_cast<int>(least(Columns, place.columns - first));
+      const int blocks = static_cast<int>(ceil_divide(columns, kBlockOutputs));
+      const int64_t column = place.first_column + first;
+      const Blocks weight = {panel.data + first / kBlockOutputs * block_bytes, block_bytes};
+      for (int64_t row = place.first_row; row < place.end_row; row += Product<L>::kRows) {
+        const int rows = static_cast<int>(least(Product<L>::kRows, place.end_row - row));
+        const RowWindow window(row, rows, Product<L>::window(rows), a.rows);
+        const Codes input = {a.input + window.first * a.inputs, a.inputs, a.inputs};
+        for (int r = 0; fetch_output && r < rows; ++r) prefetch_output(target_row(row + r) * a.outputs + column, columns);
+        auto& tile = tiles[waiting.tile == tiles];
+        product.multiply(window.rows, blocks, input, weight, offset + first, tile, finish_part);
+        const int above = static_cast<int>(row - window.first), strips = static_cast<int>(ceil_divide(rows, Rows::kRows));
+        waiting = {&tile, window.first, column, above, above + rows, columns, strips, 0};
+      }
     }
-    finish_part(0, 1);
+    finish_part(1);
   }
 
   // The panel's offsets, with what the lanes take off codes given back.
   const int32_t* offset_of(Blocks w, int blocks, int64_t first_column) {
     if constexpr (L::kTaken == 0) return a.offset + first_column;
-    for (int block = 0; block < blocks; ++block) {
-      const auto sum = sums_of_block<L>(w.data + block * w.block_bytes, w.block_bytes / kBlockBytes);
-      const auto offset = L::load(a.offset + first_column + 16 * block);
-      L::store(own_offset + 16 * block, L::add(offset, L::shift_left(sum, 7)));
-    }
+    int32_t sums[kPanel];
+    sums_of_blocks<L>(w, blocks, w.block_bytes / kBlockBytes, sums);
+    for (int c = 0; c < 16 * blocks; ++c) own_offset[c] = a.offset[first_column + c] + (sums[c] << 7);
     return own_offset;
   }
 
@@ -88,11 +143,11 @@ struct LinearTask {
     return from + bytes;
   }
 
-  // Asks for the kPanel outputs from element `index` on, and what is added to them.
-  void prefetch_output(int64_t index) const {
+  // Asks for so many outputs from element `index` on, and what is added to them.
+  void prefetch_output(int64_t index, int columns) const {
     const char* data = static_cast<const char*>(output.data);
     if (output.quantized) return __builtin_prefetch(data + index, 1);
-    for (int64_t i = index; i < index + kPanel; i += 16) {
+    for (int64_t i = index; i < index + columns; i += 16) {
       __builtin_prefetch(data + 4 * i, 1);
       if (a.residual != nullptr) __builtin_prefetch(a.residual + i);
     }
@@ -100,17 +155,51 @@ struct LinearTask {
 
   int64_t target_row(int64_t row) const { return row_in_table(row, a.table_size, a.table); }
 
-  void finish(const int32_t* sum, int64_t row, int64_t column, int columns) const {
-    const int64_t index = row * a.outputs + column;
-    const auto sums = V::to_float(V::load(sum)), scale = V::load(a.scale + column), bias = V::load(a.bias + column);
-    if (tail != nullptr) return finish_gelu(V::multiply_add(sums, scale, bias), index, columns);
+  // Makes the outputs of a strip of sums. A copy of what it takes: stores of codes may change anything else.
+  template <End kEnd>
+  struct Ends {
+    const LinearTask& task;
+    const Output output;
+    const float *const scale, *const bias, *const factor, *const residual;
+    const Tail tail;
+    const TailTables<L> tables;
+
+    explicit Ends(const LinearTask& from)
+        : task(from), output(from.output), scale(from.a.scale), bias(from.a.bias), factor(from.factor), residual(from.a.residual),
+          tail(kEnd == End::kActivationCodes ? *from.tail : Tail{}), tables(from.tables) {}
+
+    template <class Rows>
+    MPTQC_INLINE void finish(const Rows& strip, const int32_t* sum, int64_t row, int64_t column) const {
+      const auto sums = V::to_float(V::load(sum)), scales = Rows::of_columns(scale + column), biases = Rows::of_columns(bias + column);
+      if constexpr (kEnd == End::kAny) {
+        task.finish_any(strip, sums, scales, biases, row, column);
+      } else if constexpr (kEnd == End::kActivationCodes) {
+        const auto y = gelu<V>(tail, tables.segments, V::multiply_add(sums, scales, biases));
+        const auto steps = steps_of_product<V>(output.quantizer, y, Rows::of_columns(factor + column % kPanel));
+        strip.store_codes(output.quantizer, static_cast<uint8_t*>(output.data), steps);
+      } else {
+        auto y = V::add(V::multiply(sums, scales), biases);
+        if constexpr (kEnd == End::kCodes) {
+          strip.store_codes(output.quantizer, static_cast<uint8_t*>(output.data), steps_of<V>(output.quantizer, y));
+        } else {
+          if (residual != nullptr) y = V::add(y, strip.load(residual));
+          strip.store(static_cast<float*>(output.data), y);
+        }
+      }
+    }
+  };
+
+  template <class Rows>
+  void finish_any(
+      const Rows& strip, typename V::F sums, typename V::F scale, typename V::F bias, int64_t row, int64_t column) const {
+    if (tail != nullptr) return finish_activation(strip, V::multiply_add(sums, scale, bias), column % kPanel);
     auto y = V::add(V::multiply(sums, scale), bias);
     if (a.unit_heads.width != 0) y = unit_heads(y);
-    if (a.multiplier != nullptr) y = V::multiply(y, V::load(a.multiplier + column));
-    if (a.factor != nullptr) y = V::multiply(y, V::load(a.factor + index, columns));
-    if (a.rotary.cosine != nullptr) y = rotate(y, row, column);
-    if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
-    write<V>(output, index, y, columns);
+    if (a.multiplier != nullptr) y = V::multiply(y, Rows::of_columns(a.multiplier + column));
+    if (a.factor != nullptr) y = V::multiply(y, strip.load(a.factor));
+    if (a.rotary.cosine != nullptr) y = rotate<Rows>(y, row, column);
+    if (a.residual != nullptr) y = V::add(y, strip.load(a.residual));
+    strip.write(output, y);
   }
 
   // A panel holds whole heads of one, two or four vectors; what is beyond the last output is 0.
@@ -125,10 +214,18 @@ struct LinearTask {
     return y;
   }
 
-  // Heads are powers of two that divide a panel: the partner of an output is half a head away, up or down.
+  // Heads are powers of two that divide what a strip has of a row: the partner of an output is half a head away, up or down.
+  template <class Rows>
   typename V::F rotate(typename V::F y, int64_t row, int64_t column) const {
-    const int64_t entry = row % a.rotary.tokens * a.rotary.columns + column % a.rotary.columns;
     const int half = static_cast<int>(a.rotary.width / 2);
+    typename V::F cosine, sine;
+    MPTQC_UNROLL
+    for (int i = 0; i < V::kParts; ++i) {
+      const int64_t token = (row + i / Rows::kRowParts) % a.rotary.tokens, c = column + 16 * (i % Rows::kRowParts);
+      const int64_t entry = token * a.rotary.columns + c % a.rotary.columns;
+      cosine.part[i] = L::load(a.rotary.cosine + entry);
+      sine.part[i] = L::load(a.rotary.sine + entry);
+    }
     alignas(64) float own[kPanel], partner[kPanel];
     V::store(own, y);
     if (half >= 16) {
@@ -136,27 +233,30 @@ struct LinearTask {
     } else {
       for (int c = 0; c < kPanel; ++c) partner[c] = own[c ^ half];
     }
-    const auto rotated = V::multiply(V::load(partner), V::load(a.rotary.sine + entry));
-    return V::add(V::multiply(y, V::load(a.rotary.cosine + entry)), rotated);
+    return V::add(V::multiply(y, cosine), V::multiply(V::load(partner), sine));
   }
 
-  MPTQC_INLINE void finish_gelu(typename V::F x, int64_t index, int columns) const {
-    auto y = V::multiply(gelu<V>(*tail, tables.segments, x), V::load(gelu_factor));
-    if (a.residual != nullptr) y = V::add(y, V::load(a.residual + index, columns));
-    if (!output.quantized) return V::store(static_cast<float*>(output.data) + index, y, columns);
+  template <class Rows>
+  MPTQC_INLINE void finish_activation(const Rows& strip, typename V::F x, int64_t first_factor) const {
+    const auto activation = gelu<V>(*tail, tables.segments, x), factors = Rows::of_columns(factor + first_factor);
     const auto& q = output.quantizer;
-    const auto steps = gelu_is_quantized() ? steps_of_quotient<V>(q, y) : steps_near<V>(q, y);
-    store_codes<V>(q, static_cast<uint8_t*>(output.data) + index, steps, columns);
+    uint8_t* codes = static_cast<uint8_t*>(output.data);
+    auto y = V::multiply(activation, factors);
+    if (activation_is_quantized()) return strip.store_codes(q, codes, steps_of_quotient<V>(q, y));
+    if (a.residual != nullptr) y = V::add(y, strip.load(a.residual));
+    if (!output.quantized) return strip.store(static_cast<float*>(output.data), y);
+    strip.store_codes(q, codes, steps_near<V>(q, y));
   }
 
-  // Whether nothing but a factor comes between GELU and the quantizer.
-  bool gelu_is_quantized() const { return output.quantized && a.residual == nullptr; }
+  // Whether nothing but a factor comes between the activation and the quantizer.
+  bool activation_is_quantized() const { return output.quantized && a.residual == nullptr; }
 
-  // What is multiplied with GELU: its multiplier, and the quantizer's inverse scale if that comes next.
-  void make_gelu_factor(int64_t first_column) {
+  void make_factors(int64_t first_column) {
+    rounds_by_adding = activation_is_quantized();
     for (int64_t c = 0; c < kPanel; ++c) {
-      gelu_factor[c] = a.multiplier != nullptr ? a.multiplier[first_column + c] : 1.0f;
-      if (gelu_is_quantized()) gelu_factor[c] *= output.quantizer.inverse_scale;
+      factor[c] = a.multiplier != nullptr ? a.multiplier[first_column + c] : 1.0f;
+      if (activation_is_quantized()) factor[c] *= output.quantizer.inverse_scale;
+      rounds_by_adding = rounds_by_adding && factor[c] >= 0.0f && factor[c] * kLowestActivation > -4194304.0f;  // -2^22
     }
   }
 };

@@ -7,10 +7,19 @@
 
 namespace mptqc {
 
-// A tile of sums: up to Rows rows of one panel.
-template <int Rows>
+// A tile of sums: up to Rows rows of Columns columns, kPanel or half of it.
+template <int Rows, int Columns = kPanel>
 struct alignas(64) Tile {
-  int32_t sum[Rows][kPanel];
+  int32_t sum[Rows + (Columns < kPanel)][Columns];  // a panel of sums can be read from any row on
+};
+
+// The rows that are multiplied where `rows` rows from `row` on are wanted: `best` rows among `all`, if there are so many.
+struct RowWindow {
+  int64_t first;
+  int rows;
+
+  RowWindow(int64_t row, int wanted, int best, int64_t all)
+      : first(best <= all ? least(row, all - best) : row), rows(best <= all ? best : wanted) {}
 };
 
 // Rows of codes: row r begins at data + r * stride and holds `width` codes.
@@ -40,15 +49,21 @@ MPTQC_INLINE void add_group(
   }
 }
 
-// The sum of each output's weights in one block, over `groups` groups of 4 inputs.
+// The sum of each output's weights in up to kPanelBlocks blocks, over `groups` groups of 4 inputs.
 template <class L>
-MPTQC_INLINE typename L::I sums_of_block(const int8_t* block, int64_t groups) {
+void sums_of_blocks(Blocks w, int blocks, int64_t groups, int32_t* sums) {
   constexpr uint8_t one = 1 + L::kTaken, ones[kBlockInputs] = {one, one, one, one};
-  auto sum = L::set(int32_t{0});
+  const auto all_ones = L::spread(ones);
+  typename L::I sum[kPanelBlocks];
+  MPTQC_UNROLL
+  for (int v = 0; v < kPanelBlocks; ++v) sum[v] = L::set(int32_t{0});
+  const int8_t* at[kPanelBlocks];  // blocks that are not there are the last once more
+  for (int v = 0; v < kPanelBlocks; ++v) at[v] = w.data + least(v, blocks - 1) * w.block_bytes;
   for (int64_t group = 0; group < groups; ++group) {
-    sum = L::dot(sum, L::spread(ones), L::weights(block + group * kBlockBytes));
+    MPTQC_UNROLL
+    for (int v = 0; v < kPanelBlocks; ++v) sum[v] = L::dot(sum[v], all_ones, L::weights(at[v] + group * kBlockBytes));
   }
-  return sum;
+  for (int v = 0; v < blocks; ++v) L::store(sums + 16 * v, sum[v]);
 }
 
 // Weights wider than this do not stay in the first cache beside the codes: each pass fetches them again from the second, and
@@ -105,6 +120,11 @@ void multiply_rows(int rows, int vectors, Codes a, Blocks w, const int32_t* offs
 template <class L>
 struct Product {
   static constexpr int kRows = L::kRows;
+  static constexpr int kColumns = kPanel;  // of the tiles that a Linear is made of
+  static constexpr int kWaiting = 1;  // of these
+
+  // How many rows to multiply at best where so many are wanted.
+  static constexpr int window(int rows) { return rows; }
 
   // Takes a weight's span; product_avx2.h has use for it.
   explicit Product(int32_t) {}
@@ -112,12 +132,12 @@ struct Product {
   // Whether a panel of so many bytes is asked for ahead, since it does not stay in the first cache.
   static bool fetches(int64_t panel_bytes) { return panel_bytes > kFirstCachePanel; }
 
-  // One panel of `blocks` <= kPanelBlocks blocks, for `rows` <= kRows rows. `beside` is work on vectors that can be done in
-  // between: it is called with 0 to parts - 1, and parts, to do a part of it.
+  // The sums of `blocks` blocks, at most a tile's columns, for `rows` <= kRows rows. `beside` is work on vectors that can be
+  // done in between: it is called `parts` times, with the number of parts, to do one of them.
   template <class Beside>
   void multiply(
       int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile, const Beside& beside) {
-    beside(0, 1);
+    beside(1);
     for (int block = 0; block < blocks; block += L::kVectors) {
       const int vectors = blocks - block < L::kVectors ? blocks - block : L::kVectors;
       const Blocks part = {w.data + block * w.block_bytes, w.block_bytes};

@@ -15,13 +15,37 @@
 namespace mptqc {
 
 namespace {
+
 struct LanesAmx : LanesAvx512Vnni {};
+
+// What LDTILECFG reads: row and byte counts of 8 tiles, of 16 that there is room for.
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, int tile_rows, int bytes) {
+    const bool some = tile_rows > 0 && bytes > 0;
+    rows[tile] = static_cast<uint8_t>(some ? tile_rows : 0);
+    row_bytes[tile] = static_cast<uint16_t>(some ? bytes : 0);
+  }
+  // What tiles hold is lost, and some 200 cycles.
+  void load() const {
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    _tile_loadconfig(this);
+  }
+};
+static_assert(sizeof(TileConfiguration) == 64);
+
 }  // namespace
 
 template <>
 class Product<LanesAmx> {
  public:
-  static constexpr int kRows = 32;
+  static constexpr int kRows = 32, kColumns = 32, kWaiting = 2;
+
+  // Another number of rows would have tiles configured anew.
+  static constexpr int window(int rows) { return rows <= kTileRows ? kTileRows : kRows; }
 
   // Tiles are read from the second cache as fast as they are multiplied.
   static bool fetches(int64_t) { return false; }
@@ -36,15 +60,14 @@ class Product<LanesAmx> {
   }
 
   // As the generic one. The tiles' unit works on a step's products for some 64 cycles: vectors are free to do their own.
-  template <class Beside>
-  void multiply(
-      int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile, const Beside& beside) {
+  template <int Columns, class Beside>
+  MPTQC_INLINE void multiply(
+      int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows, Columns>& tile, const Beside& beside) {
     const Steps steps(a.width);
     const int steps_of_pair = static_cast<int>(steps.whole) + (steps.rest > 0), parts = (blocks + 1) / 2 * steps_of_pair;
-    int part = 0;
     configure(rows, steps.width);
     if (steps.rest > 0) copy_rest(rows, blocks, steps, a, w);
-    if (parts == 0) beside(0, 1);
+    if (parts == 0) beside(1);
     // To the compiler, the intrinsics that load tiles do not read memory: stores must not be put off beyond them.
     std::atomic_signal_fence(std::memory_order_seq_cst);
     for (int block = 0; block < blocks; block += 2) {
@@ -54,13 +77,13 @@ class Product<LanesAmx> {
       for (int64_t step = 0; step < steps.whole; ++step) {
         const int64_t k = step * steps.width;
         add_step(a.data + k, a.stride, weights + k * kBlockOutputs, w.block_bytes, below, right);
-        beside(part++, parts);
+        beside(parts);
       }
       if (steps.rest > 0) {
         add_step(rest_codes_[0], kTileBytes, rest_weights_[block][0], sizeof rest_weights_[0], below, right);
-        beside(part++, parts);
+        beside(parts);
       }
-      store_sums(&tile.sum[0][16 * block], below, right);
+      store_sums<Columns>(&tile.sum[0][16 * block], below, right);
     }
   }
 
@@ -82,26 +105,13 @@ class Product<LanesAmx> {
     }
   };
 
-  // What LDTILECFG reads: row and byte counts of 8 tiles, of 16 that there is room for.
-  struct alignas(64) Configuration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-
-    void set(int tile, int tile_rows, int bytes) {
-      rows[tile] = static_cast<uint8_t>(tile_rows);
-      row_bytes[tile] = static_cast<uint16_t>(tile_rows > 0 ? bytes : 0);
-    }
-  };
-  static_assert(sizeof(Configuration) == 64);
-
-  // Tiles for `rows` rows and steps of `width` inputs. Their content is lost, unless they are so already.
+  // Tiles for `rows` rows and steps of `width` inputs, unless they are so already; the lower ones may be left aside.
   void configure(int rows, int width) {
-    if (rows == rows_ && width == width_) return;
+    if (width == width_ && (rows == rows_ || (rows == kTileRows && rows_ > rows))) return;
     rows_ = rows;
     width_ = width;
     const int upper = rows < kTileRows ? rows : kTileRows, lower = rows - upper, groups = width / 4;
-    Configuration configuration;
+    TileConfiguration configuration;
     for (int column = 0; column < 2; ++column) {
       configuration.set(column, upper, kTileBytes);
       configuration.set(2 + column, lower, kTileBytes);
@@ -109,8 +119,7 @@ class Product<LanesAmx> {
     }
     configuration.set(4, upper, width);
     configuration.set(5, lower, width);
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-    _tile_loadconfig(&configuration);
+    configuration.load();
   }
 
   // The last inputs, fewer than a step: read in place, a step would reach beyond the codes, and beyond the weights.
@@ -150,9 +159,10 @@ class Product<LanesAmx> {
     }
   }
 
+  template <int Columns>
   static void store_sums(int32_t* sums, bool below, bool right) {
-    constexpr int64_t stride = kPanel * sizeof(int32_t);
-    int32_t* lower = sums + kTileRows * kPanel;
+    constexpr int64_t stride = Columns * sizeof(int32_t);
+    int32_t* lower = sums + kTileRows * Columns;
     _tile_stored(0, sums, stride);
     if (right) _tile_stored(1, sums + 16, stride);
     if (below) _tile_stored(2, lower, stride);

@@ -82,7 +82,9 @@ MPTQC_INLINE void multiply_spans(Codes a, Blocks w, const int32_t* offset, int32
 
 template <>
 struct Product<LanesAvx2Spans> {
-  static constexpr int kRows = LanesAvx2Spans::kRows;
+  static constexpr int kRows = LanesAvx2Spans::kRows, kColumns = kPanel, kWaiting = 1;
+
+  static constexpr int window(int rows) { return rows; }
 
   explicit Product(int32_t span) : multiply_panel(function_of(span)) {}
 
@@ -91,7 +93,7 @@ struct Product<LanesAvx2Spans> {
   template <class Beside>
   void multiply(
       int rows, int blocks, Codes a, Blocks w, const int32_t* offset, Tile<kRows>& tile, const Beside& beside) {
-    beside(0, 1);
+    beside(1);
     multiply_panel(rows, blocks, a, w, offset, tile);
   }
 

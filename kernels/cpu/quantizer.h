@@ -1,15 +1,38 @@
 // The quantizer of docs/custom-ops.md, on four vectors (V is a Wide) or one (V is a Lanes type).
 #pragma once
 
+#include <cmath>
+#include <initializer_list>
+
 #include "wide.h"
 
 namespace mptqc {
 namespace {
 
+// Whether fma(x, inverse, x * rest) is x / scale, correctly rounded, for all x (Brisebarre, Muller, Raina: Accelerating
+// correctly rounded floating-point division when the divisor is known in advance, 2004).
+//
+// Let X and Y be the integers of 24 bits of x and scale. Before it is rounded, the sum is off by 2^-48 at most, half of that
+// where the rest is below a quarter of the inverse's last place. No quotient is as near to the middle of two floats, but that of
+// X < Y, Y odd, and X * 2^25 being 1 or -1 modulo Y. Those two are tried.
+inline bool divides_by_two_terms(float scale, float inverse, float rest) {
+  int exponent;
+  const int32_t y = static_cast<int32_t>(std::ldexp(std::frexp(scale, &exponent), 24));
+  if (y % 2 == 0 || std::fabs(rest) < std::ldexp(inverse, -26)) return true;
+  int32_t quotient = 1;  // by 2^25, modulo y
+  for (int i = 0; i < 25; ++i) quotient = (quotient % 2 == 0 ? quotient : quotient + y) / 2;
+  for (const int32_t x : {quotient, y - quotient}) {
+    const float tried = std::ldexp(static_cast<float>(x), exponent - 24);
+    if (x >= 1 << 23 && std::fma(tried, inverse, tried * rest) != tried / scale) return false;
+  }
+  return true;
+}
+
 // Its constants, as scalars: they become vectors where they are used, and stay in registers there.
 struct QuantizerConstants {
-  float scale, inverse_scale, high;
-  int32_t zero_point, minimum;
+  float scale, inverse_scale, inverse_rest, high;
+  bool rest_suffices;  // x * inverse_scale + x * inverse_rest is x / scale as division rounds it
+  int32_t zero_point, minimum, maximum;
   int regions;
   float split[MPTQC_UPPER_REGIONS];    // where upper regions begin, in steps of scale
   float shifter[MPTQC_UPPER_REGIONS];  // what rounds to their steps, 2^m as large, when it is added
@@ -17,9 +40,12 @@ struct QuantizerConstants {
   explicit QuantizerConstants(const mptqc_quantizer& q)
       : scale(q.scale),
         inverse_scale(1.0f / q.scale),
+        inverse_rest(static_cast<float>((1.0 - static_cast<double>(inverse_scale) * q.scale) / q.scale)),
         high(static_cast<float>(q.maximum - q.zero_point)),
+        rest_suffices(divides_by_two_terms(q.scale, inverse_scale, inverse_rest)),
         zero_point(q.zero_point),
         minimum(q.minimum),
+        maximum(q.maximum),
         regions(q.regions),
         split(),
         shifter() {
@@ -42,14 +68,26 @@ struct Output {
 
 }  // namespace
 
-// x / scale rounded as a division is, by Markstein's theorem: one Newton step makes the quotient faithful, a second one
-// correct, as inverse_scale is the correctly rounded reciprocal.
+// x / scale rounded as a division is. Where two terms do not do it, by Markstein's theorem: one Newton step makes the quotient
+// faithful, a second one correct, as inverse_scale is the correctly rounded reciprocal.
 template <class V>
 MPTQC_INLINE typename V::F divide(const QuantizerConstants& q, typename V::F x) {
   const auto scale = V::set(q.scale), inverse_scale = V::set(q.inverse_scale);
+  if (q.rest_suffices) return V::multiply_add(x, inverse_scale, V::multiply(x, V::set(q.inverse_rest)));
   auto quotient = V::multiply(x, inverse_scale);
   quotient = V::multiply_add(V::subtract_product(x, quotient, scale), inverse_scale, quotient);
   return V::multiply_add(V::subtract_product(x, quotient, scale), inverse_scale, quotient);
+}
+
+template <class V>
+MPTQC_INLINE typename V::F rounded_by_region(const QuantizerConstants& q, typename V::F quotient) {
+  auto shifter = V::set(kShifter);
+  MPTQC_UNROLL
+  for (int i = 0; i < MPTQC_UPPER_REGIONS; ++i) {
+    if (i >= q.regions) break;
+    shifter = V::where_at_least(quotient, V::set(q.split[i]), V::set(q.shifter[i]), shifter);
+  }
+  return V::subtract(V::add(quotient, shifter), shifter);
 }
 
 // The steps from the zero point of x, given x / scale, give or take its own rounding, where that is not too high. The lowest
@@ -57,14 +95,7 @@ MPTQC_INLINE typename V::F divide(const QuantizerConstants& q, typename V::F x) 
 // beyond it.
 template <class V>
 MPTQC_INLINE typename V::I steps_of_held(const QuantizerConstants& q, typename V::F quotient) {
-  if (q.regions == 0) return V::to_int(quotient);
-  auto shifter = V::set(kShifter);
-  MPTQC_UNROLL
-  for (int i = 0; i < MPTQC_UPPER_REGIONS; ++i) {
-    if (i >= q.regions) break;
-    shifter = V::where_at_least(quotient, V::set(q.split[i]), V::set(q.shifter[i]), shifter);
-  }
-  return V::to_int(V::subtract(V::add(quotient, shifter), shifter));
+  return V::to_int(q.regions == 0 ? quotient : rounded_by_region<V>(q, quotient));
 }
 
 template <class V>
@@ -84,10 +115,20 @@ MPTQC_INLINE typename V::I steps_near(const QuantizerConstants& q, typename V::F
   return steps_of_quotient<V>(q, V::multiply(x, V::set(q.inverse_scale)));
 }
 
+// The steps of x * factor / scale, given factor / scale, where that is above -2^22 and need not be held: rounding takes the
+// place of an addition, and codes are held as they are stored.
+template <class V>
+MPTQC_INLINE typename V::I steps_of_product(const QuantizerConstants& q, typename V::F x, typename V::F factor) {
+  const auto shifter = V::set(kShifter);
+  const auto shifted = q.regions == 0 ? V::multiply_add(x, factor, shifter)
+                                      : V::add(rounded_by_region<V>(q, V::multiply(x, factor)), shifter);
+  return V::add(V::as_int(shifted), V::set(-kShifterBits));
+}
+
 // Stores the first n codes.
 template <class V>
 MPTQC_INLINE void store_codes(const QuantizerConstants& q, uint8_t* to, typename V::I steps, int n) {
-  V::store_codes(to, steps, q.zero_point, q.minimum, n);
+  V::store_codes(to, steps, q.zero_point, q.minimum, q.maximum, n);
 }
 
 // The first n of y, from element `index` on.

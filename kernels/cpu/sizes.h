@@ -61,19 +61,31 @@ constexpr int64_t kLayerNormRows = 32;
 
 // Where the parts of an attention task's scratch memory begin, in bytes; each on a cache line.
 struct AttentionScratch {
-  int64_t padded_columns, keys, key_offset, values, value_offset, scores, codes, bytes;
+  int64_t padded_columns, padded_width, key_groups, value_groups;
+  int64_t keys, key_offset, values, value_offset, queries, sums, scores, codes, bytes;
 
   explicit AttentionScratch(const mptqc_attention& a)
       : padded_columns(round_up(a.columns, kPanel)),
+        padded_width(round_up(a.value_width, kPanel)),
+        key_groups(even_groups(a.width)),
+        value_groups(even_groups(a.columns)),
         keys(0),
-        key_offset(keys + padded_columns * round_up(a.width, kBlockInputs)),
+        key_offset(keys + padded_columns * key_groups * kBlockInputs),
         values(key_offset + line(padded_columns * 4)),
-        value_offset(values + round_up(a.value_width, kBlockOutputs) * round_up(a.columns, kBlockInputs)),
-        scores(value_offset + line(round_up(a.value_width, kBlockOutputs) * 4)),
+        value_offset(values + padded_width * value_groups * kBlockInputs),
+        queries(value_offset + line(padded_width * 4)),
+        sums(queries + line(kMostAttentionRows * key_groups * kBlockInputs)),
+        scores(sums + line(kMostAttentionRows * padded_columns * 4)),
         codes(scores + line(kMostAttentionRows * padded_columns * 4)),
         bytes(codes + line(kMostAttentionRows * padded_columns)) {}
 
   static int64_t line(int64_t bytes) { return round_up(bytes, 64); }
+
+  // Groups of 4 inputs, as many in each step of AMX, which has 16 at most; those beyond the inputs are zeros.
+  static int64_t even_groups(int64_t inputs) {
+    const int64_t groups = ceil_divide(inputs, kBlockInputs), steps = ceil_divide(groups, 16);
+    return steps == 0 ? 0 : round_up(groups, steps);
+  }
 };
 
 // Costs of all states and of all groups, then the oldest code of each group at each column.

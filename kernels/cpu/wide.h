@@ -9,6 +9,7 @@ namespace mptqc {
 // Floats from 2^23 to 2^24 are whole numbers. Adding 1.5 * 2^23 rounds a float of less than 2^22 to the nearest, ties to
 // even, and leaves it in the low bits.
 constexpr float kShifter = 12582912.0f;
+constexpr int32_t kShifterBits = 0x4B400000;
 
 // Full unrolling and inlining are a must: arrays of vectors would otherwise live in memory.
 #if defined(__CUDACC__)
@@ -76,11 +77,11 @@ struct Wide {
       if (n > 16 * i) L::store(to + 16 * i, a.part[i], lanes(n, i));
     }
   }
-  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int n) {
-    if (n == kPanel) return L::store_codes(to, steps.part, zero_point, minimum);
+  static void store_codes(uint8_t* to, I steps, int32_t zero_point, int32_t minimum, int32_t maximum, int n) {
+    if (n == kPanel) return L::store_codes(to, steps.part, zero_point, minimum, maximum);
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) {
-      if (n > 16 * i) L::store_codes(to + 16 * i, steps.part[i], zero_point, minimum, lanes(n, i));
+      if (n > 16 * i) L::store_codes(to + 16 * i, steps.part[i], zero_point, minimum, maximum, lanes(n, i));
     }
   }
   static F first(int n, F a, F b) {
@@ -95,6 +96,9 @@ struct Wide {
   // Sums fold parts, then lanes: one order for every instruction set.
   static float sum(F a) { return L::sum(L::add(L::add(a.part[0], a.part[1]), L::add(a.part[2], a.part[3]))); }
   static float largest(F a) {
+    return L::largest(L::maximum(L::maximum(a.part[0], a.part[1]), L::maximum(a.part[2], a.part[3])));
+  }
+  static int32_t largest(I a) {
     return L::largest(L::maximum(L::maximum(a.part[0], a.part[1]), L::maximum(a.part[2], a.part[3])));
   }
 
@@ -119,7 +123,6 @@ struct Wide {
     for (int i = 0; i < kParts; ++i) out.part[i] = L::name(a.part[i], b.part[i], c.part[i]);   \
     return out;                                                                               \
   }
-  MPTQC_WIDE_1(F, absolute, F)
   MPTQC_WIDE_1(I, to_int, F)
   MPTQC_WIDE_1(F, to_float, I)
   MPTQC_WIDE_1(F, as_float, I)
@@ -130,6 +133,9 @@ struct Wide {
   MPTQC_WIDE_2(F, multiply)
   MPTQC_WIDE_2(F, minimum)
   MPTQC_WIDE_2(F, maximum)
+  MPTQC_WIDE_2(I, maximum)
+  MPTQC_WIDE_2(F, least_magnitude)
+  MPTQC_WIDE_2(F, add_positive)
   MPTQC_WIDE_3(F, multiply_add)
   MPTQC_WIDE_3(F, subtract_product)
 #undef MPTQC_WIDE_1

@@ -10,9 +10,6 @@
 
 namespace mptqc {
 
-// The bits of kShifter, which rounds: the device's own conversions take four times as long as an addition.
-constexpr int32_t kShifterBits = 0x4B400000;
-
 MPTQC_INLINE int32_t bits_of(float x) {
 #if defined(__CUDA_ARCH__)
   return __float_as_int(x);
@@ -75,6 +72,7 @@ struct Lanes {
   static MPTQC_INLINE F minimum(const F& a, const F& b) {
     return each<F>([&](int i) { return fminf(a.value[i], b.value[i]); });
   }
+  // By kShifter: the device's own conversions take four times as long as an addition.
   // a < 2^22; what is below -2^22, or not a number, counts as that.
   static MPTQC_INLINE I to_int(const F& a) {
     return each<I>([&](int i) { return bits_of(fmaxf(a.value[i], -4194304.0f) + kShifter) - kShifterBits; });
