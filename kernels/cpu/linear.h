@@ -18,9 +18,10 @@ struct LinearTask {
   Output output;
   const Tail* const tail;  // of the activation; null: there is none
   const TailTables<L> tables;
-  float factor[kPanel];  // what an activation is multiplied with: its multiplier, and the quantizer's inverse scale if that is next
-  bool rounds_by_adding;  // no activation times its factor is too low for steps_of_product
-  int32_t own_offset[kPanel];
+  // Of the panel, on cache lines.
+  alignas(64) int32_t offset[kPanel];
+  alignas(64) float scale[kPanel], bias[kPanel];
+  alignas(64) float factor[kPanel];  // of an activation: its multiplier, and the quantizer's inverse scale if that is next
 
   explicit LinearTask(const mptqc_linear& arguments)
       : a(arguments),
@@ -28,17 +29,25 @@ struct LinearTask {
         tail(tail_of(arguments.activation)),
         tables(tail) {}
 
-  // Where a task's outputs are.
+  // Where a task's outputs are: a chunk of rows of a panel, or, where tiles are half as wide, two chunks of half a panel, so
+  // that weights are fetched once.
   struct Place {
     int64_t first_row, end_row, first_column;
     int columns;
 
-    Place(const mptqc_linear& a, int64_t task) {
-      const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows);
-      first_column = task % panels * kPanel;
-      first_row = task / panels * chunk;
-      end_row = least(first_row + chunk, a.rows);
-      columns = static_cast<int>(least(kPanel, a.outputs - first_column));
+    Place(const mptqc_linear& a, int64_t task, bool has_halves) {
+      const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows), pairs = chunk_count(a.rows) / 2;
+      const bool is_half = has_halves && task < 2 * panels * pairs;
+      const int64_t width = is_half ? kPanel / 2 : kPanel, height = is_half ? 2 * chunk : chunk;
+      if (is_half) {
+        first_column = task % (2 * panels) * width;
+        first_row = task / (2 * panels) * height;
+      } else {
+        first_column = task % panels * width;
+        first_row = task / panels * height;
+      }
+      end_row = least(first_row + height, a.rows);
+      columns = static_cast<int>(least(width, a.outputs - first_column));
     }
   };
 
@@ -47,25 +56,28 @@ struct LinearTask {
 
   End end() const {
     if (a.unit_heads.width != 0 || a.factor != nullptr || a.rotary.cosine != nullptr) return End::kAny;
-    if (tail != nullptr) return rounds_by_adding ? End::kActivationCodes : End::kAny;
+    if (tail != nullptr) return activation_is_quantized() ? End::kActivationCodes : End::kAny;
     if (a.multiplier != nullptr) return End::kAny;
     return !output.quantized ? End::kFloats : a.residual == nullptr ? End::kCodes : End::kAny;
   }
 
   void run(int64_t task) {
-    const Place place(a, task);
-    if (tail != nullptr) make_factors(place.first_column);
     constexpr int columns = Product<L>::kColumns;
-    switch (end()) {
+    const End kind = end();
+    const Place place(a, task, columns < kPanel && kind != End::kAny);
+    load_panel(place.first_column / kPanel * kPanel);
+    switch (kind) {
       case End::kCodes:
         return run_tiles<End::kCodes, columns>(place);
       case End::kFloats:
         return run_tiles<End::kFloats, columns>(place);
       case End::kActivationCodes:
+        if (!can_round_by_adding()) break;
         return run_tiles<End::kActivationCodes, columns>(place);
-      case End::kAny:  // heads may be as wide as a panel
-        return run_tiles<End::kAny, kPanel>(place);
+      case End::kAny:
+        break;
     }
+    run_tiles<End::kAny, kPanel>(place);  // heads may be as wide as a panel
   }
 
   // The sums of one tile wait for their end until the next one is multiplied: the product does it in between.
@@ -80,13 +92,15 @@ struct LinearTask {
   template <End kEnd, int Columns>
   void run_tiles(const Place& place) {
     using Rows = Strip<L, Columns>;
-    const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes, panel_bytes = kPanelBlocks * block_bytes;
+    const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes;
     const Blocks panel = {a.weight + place.first_column / kBlockOutputs * block_bytes, block_bytes};
-    const int32_t* offset = offset_of(panel, static_cast<int>(ceil_divide(place.columns, kBlockOutputs)), place.first_column);
-    const bool fetch_next = place.first_column + kPanel < a.outputs && !Product<L>::fetches(panel_bytes);
-    const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_bytes, place.end_row - place.first_row) : 0;  // with each strip
+    const int panel_blocks = static_cast<int>(ceil_divide(place.columns, kBlockOutputs));
+    give_back_what_is_taken(panel, panel_blocks);
+    const bool fetch_next = place.first_column + place.columns < a.outputs && !Product<L>::fetches(panel_blocks * block_bytes);
+    const int64_t strips = ceil_divide(place.end_row - place.first_row, Rows::kRows) * ceil_divide(place.columns, Columns);
+    const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_blocks * block_bytes, strips) : 0;  // with each strip
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
-    const int8_t* next = panel.data + panel_bytes;
+    const int8_t* next = panel.data + panel_blocks * block_bytes;
     const Ends<kEnd> ends(*this);
     Product<L> product(a.span);
     Tile<Product<L>::kRows, Columns> tiles[2];
@@ -115,7 +129,7 @@ struct LinearTask {
         const Codes input = {a.input + window.first * a.inputs, a.inputs, a.inputs};
         for (int r = 0; fetch_output && r < rows; ++r) prefetch_output(target_row(row + r) * a.outputs + column, columns);
         auto& tile = tiles[waiting.tile == tiles];
-        product.multiply(window.rows, blocks, input, weight, offset + first, tile, finish_part);
+        product.multiply(window.rows, blocks, input, weight, offset + column % kPanel, tile, finish_part);
         const int above = static_cast<int>(row - window.first), strips = static_cast<int>(ceil_divide(rows, Rows::kRows));
         waiting = {&tile, window.first, column, above, above + rows, columns, strips, 0};
       }
@@ -123,13 +137,23 @@ struct LinearTask {
     finish_part(1);
   }
 
-  // The panel's offsets, with what the lanes take off codes given back.
-  const int32_t* offset_of(Blocks w, int blocks, int64_t first_column) {
-    if constexpr (L::kTaken == 0) return a.offset + first_column;
+  // The panel's constants, from column `first` on.
+  void load_panel(int64_t first) {
+    std::copy_n(a.offset + first, kPanel, offset);
+    std::copy_n(a.scale + first, kPanel, scale);
+    std::copy_n(a.bias + first, kPanel, bias);
+    for (int64_t c = 0; tail != nullptr && c < kPanel; ++c) {
+      factor[c] = a.multiplier != nullptr ? a.multiplier[first + c] : 1.0f;
+      if (activation_is_quantized()) factor[c] *= output.quantizer.inverse_scale;
+    }
+  }
+
+  // What the lanes take off codes.
+  void give_back_what_is_taken(Blocks w, int blocks) {
+    if constexpr (L::kTaken == 0) return;
     int32_t sums[kPanel];
     sums_of_blocks<L>(w, blocks, w.block_bytes / kBlockBytes, sums);
-    for (int c = 0; c < 16 * blocks; ++c) own_offset[c] = a.offset[first_column + c] + (sums[c] << 7);
-    return own_offset;
+    for (int c = 0; c < 16 * blocks; ++c) offset[c] += sums[c] << 7;
   }
 
   // Outputs larger than this are not in the second cache when they are written.
@@ -160,25 +184,26 @@ struct LinearTask {
   struct Ends {
     const LinearTask& task;
     const Output output;
-    const float *const scale, *const bias, *const factor, *const residual;
+    const float* const residual;
     const Tail tail;
     const TailTables<L> tables;
 
     explicit Ends(const LinearTask& from)
-        : task(from), output(from.output), scale(from.a.scale), bias(from.a.bias), factor(from.factor), residual(from.a.residual),
+        : task(from), output(from.output), residual(from.a.residual),
           tail(kEnd == End::kActivationCodes ? *from.tail : Tail{}), tables(from.tables) {}
 
     template <class Rows>
     MPTQC_INLINE void finish(const Rows& strip, const int32_t* sum, int64_t row, int64_t column) const {
-      const auto sums = V::to_float(V::load(sum)), scales = Rows::of_columns(scale + column), biases = Rows::of_columns(bias + column);
+      const int64_t c = column % kPanel;
+      const auto sums = V::to_float(V::load(sum)), scale = Rows::of_columns(task.scale + c), bias = Rows::of_columns(task.bias + c);
       if constexpr (kEnd == End::kAny) {
-        task.finish_any(strip, sums, scales, biases, row, column);
+        task.finish_any(strip, sums, scale, bias, row, column);
       } else if constexpr (kEnd == End::kActivationCodes) {
-        const auto y = gelu<V>(tail, tables.segments, V::multiply_add(sums, scales, biases));
-        const auto steps = steps_of_product<V>(output.quantizer, y, Rows::of_columns(factor + column % kPanel));
+        const auto y = gelu<V>(tail, tables.segments, V::multiply_add(sums, scale, bias));
+        const auto steps = steps_of_product<V>(output.quantizer, y, Rows::of_columns(task.factor + c));
         strip.store_codes(output.quantizer, static_cast<uint8_t*>(output.data), steps);
       } else {
-        auto y = V::add(V::multiply(sums, scales), biases);
+        auto y = V::add(V::multiply(sums, scale), bias);
         if constexpr (kEnd == End::kCodes) {
           strip.store_codes(output.quantizer, static_cast<uint8_t*>(output.data), steps_of<V>(output.quantizer, y));
         } else {
@@ -251,13 +276,12 @@ struct LinearTask {
   // Whether nothing but a factor comes between the activation and the quantizer.
   bool activation_is_quantized() const { return output.quantized && a.residual == nullptr; }
 
-  void make_factors(int64_t first_column) {
-    rounds_by_adding = activation_is_quantized();
-    for (int64_t c = 0; c < kPanel; ++c) {
-      factor[c] = a.multiplier != nullptr ? a.multiplier[first_column + c] : 1.0f;
-      if (activation_is_quantized()) factor[c] *= output.quantizer.inverse_scale;
-      rounds_by_adding = rounds_by_adding && factor[c] >= 0.0f && factor[c] * kLowestActivation > -4194304.0f;  // -2^22
-    }
+  // Whether no activation times its factor is too low for steps_of_product, which takes what is above -2^22.
+  bool can_round_by_adding() const {
+    constexpr float kMost = -4194304.0f / kLowestActivation;
+    bool can = true;
+    for (const float each : factor) can &= each >= 0.0f && each < kMost;
+    return can;
   }
 };
 
