@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "attention_product.h"
 #include "functions.h"
@@ -65,15 +66,18 @@ struct AttentionTask {
   }
 
   void run(int64_t task) {
-    const AttentionPlace place(a, task);
+    AttentionPlace place(a, task);
+    for (; place.batch < place.end_batch; ++place.batch) run_head(place);
+  }
+
+  void run_head(const AttentionPlace& place) {
     bias_rows = rows_of(a.bias, place);
     mask_rows = rows_of(a.mask, place);
     block_keys(place.k(a));
     block_values(place.v(a));
     for (int64_t row = place.first_row; row < place.end_row; row += kRows) {
       const int rows = static_cast<int>(least(kRows, place.end_row - row));
-      multiply_keys(place.batch, place.head, row, rows);
-      scores_are_sums() ? quantize_softmax_of_sums(rows) : quantize_softmax_of_scores(row, rows);
+      scores_are_sums() ? make_p<true>(place, row, rows) : make_p<false>(place, row, rows);
       write_context(place.batch, place.head, row, rows);
     }
   }
@@ -179,18 +183,81 @@ struct AttentionTask {
   // Whether nothing is added to scores, and larger sums have larger ones.
   bool scores_are_sums() const { return a.bias.data == nullptr && a.mask.data == nullptr && a.score_scale > 0.0f; }
 
-  void multiply_keys(int64_t batch, int64_t head, int64_t row, int rows) {
-    const int64_t stride = a.heads * a.width, block_bytes = layout.key_groups * kBlockBytes;
-    const Codes query = {a.q + (batch * a.rows + row) * stride + head * a.width, stride, a.width};
-    product.set_queries(rows, query);
-    for (int64_t column = 0; column < a.columns; column += kPanel) {
-      const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
-      const int blocks = static_cast<int>(least(kPanelBlocks, ceil_divide(a.columns - column, kBlockOutputs)));
-      product.scores(blocks, panel, key_offset + column, sums + column, layout.padded_columns);
-    }
+  // Codes of P. Where scores are sums times a factor (`of_sums`), the largest sum has the largest score, and each score is made
+  // where it is needed.
+  template <bool of_sums>
+  __attribute__((noinline)) void make_p(const AttentionPlace& place, int64_t row, int rows) {
+    const int64_t stride = a.heads * a.width;
+    const Codes query = {a.q + (place.batch * a.rows + row) * stride + place.head * a.width, stride, a.width};
     for (int r = 0; r < rows; ++r) {
       row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
     }
+    using Most = std::conditional_t<of_sums, I, F>;
+    Most largest[kRows];
+    for (auto& each : largest) each = V::set(of_sums_or_scores<of_sums>(INT32_MIN, kLowest));
+    product.set_queries(rows, query);
+    for (int64_t column = 0; column < a.columns; column += kPanel) {
+      const int32_t* from = multiply_keys(column);
+      for (int r = 0; !Product::kWritesSums && r < rows; ++r, from += kPanel) {
+        if (a.columns - column > kPanel - kBlockOutputs) {
+          take_sums<V>(from, row, r, column, largest[r]);
+          continue;
+        }
+        for (int64_t c = column; c < a.columns; c += kBlockOutputs) take_sums<L>(from + (c - column), row, r, c, largest[r]);
+      }
+    }
+    for (int r = 0; Product::kWritesSums && r < rows; ++r) {
+      auto most = largest[r];
+      for_columns([&](auto u, int64_t c) { take_sums<decltype(u)>(sums_of(r) + c, row, r, c, most); });
+      largest[r] = most;
+    }
+    float top[kRows];
+    for (int r = 0; r < rows; ++r) {
+      if constexpr (of_sums) {
+        top[r] = static_cast<float>(V::largest(largest[r]) + row_offset[r]) * a.score_scale;
+      } else {
+        top[r] = V::largest(largest[r]);
+      }
+    }
+    quantize_softmax<of_sums>(rows, top);
+  }
+
+  template <bool of_sums>
+  static constexpr auto of_sums_or_scores(int32_t sum, float score) {
+    if constexpr (of_sums) return sum;
+    else return score;
+  }
+
+  const int32_t* multiply_keys(int64_t column) {
+    const int64_t block_bytes = layout.key_groups * kBlockBytes;
+    const Blocks panel = {keys + column / 16 * block_bytes, block_bytes};
+    const int blocks = static_cast<int>(least(kPanelBlocks, ceil_divide(a.columns - column, kBlockOutputs)));
+    return product.scores(blocks, panel, key_offset + column, sums + column, layout.padded_columns);
+  }
+
+  // Keeps sums, from column c on, or makes scores of them.
+  template <class U, class Most>
+  MPTQC_INLINE void take_sums(const int32_t* from, int64_t row, int r, int64_t c, Most& largest) const {
+    const auto sum = U::load(from);
+    if constexpr (std::is_same_v<Most, I>) {
+      if constexpr (!Product::kWritesSums) U::store(sums_of(r) + c, sum);
+      keep_largest(largest, sum);
+    } else {
+      const float *bias = bias_rows.row(row + r), *mask = mask_rows.row(row + r);
+      const int n = count<U>(c);
+      auto score = score_of<U>(sum, r);
+      if (bias != nullptr) score = U::add(score, U::load(bias + c, n));
+      if (mask != nullptr) score = U::add(score, U::load(mask + c, n));
+      if (n < U::kValues) score = U::add(score, U::load(beyond));
+      U::store(scores_of(r) + c, score);
+      keep_largest(largest, score);
+    }
+  }
+
+  template <class U>
+  MPTQC_INLINE typename U::F score_of(typename U::I sum, int r) const {
+    if (signed_k_zero() != 0) sum = U::add(sum, U::set(row_offset[r]));
+    return U::multiply(U::to_float(sum), U::set(a.score_scale));
   }
 
   AddendRows rows_of(const mptqc_addend& added, const AttentionPlace& place) const {
@@ -199,65 +266,21 @@ struct AttentionTask {
     return {added.data + (window * added.heads + head) * added.rows * a.columns, added.rows == 1 ? 0 : a.columns};
   }
 
-  // Where scores are sums times a factor: the largest sum has the largest score, and each score is made where it is needed.
-  void quantize_softmax_of_sums(int rows) {
-    float top[kRows];
-    I largest[kRows];
-    for (int r = 0; r < rows; ++r) largest[r] = largest_sums(sums_of(r));
-    for (int r = 0; r < rows; ++r) top[r] = static_cast<float>(V::largest(largest[r]) + row_offset[r]) * a.score_scale;
-    quantize_softmax(rows, top, [this](auto u, int r, int64_t c) {
-      using U = decltype(u);
-      const auto score = score_of_sums<U>(r, c);
-      return count<U>(c) < U::kValues ? U::add(score, U::load(beyond)) : score;
-    });
-  }
-
-  MPTQC_INLINE I largest_sums(const int32_t* sum) const {
-    auto largest = V::set(INT32_MIN);
-    for_columns([&](auto u, int64_t c) { keep_largest(largest, decltype(u)::load(sum + c)); });
-    return largest;
-  }
-
-  void quantize_softmax_of_scores(int64_t row, int rows) {
-    float top[kRows];
-    F largest[kRows];
-    for (int r = 0; r < rows; ++r) largest[r] = store_scores(r, bias_rows.row(row + r), mask_rows.row(row + r));
-    for (int r = 0; r < rows; ++r) top[r] = V::largest(largest[r]);
-    quantize_softmax(rows, top, [this](auto u, int r, int64_t c) { return decltype(u)::load(scores_of(r) + c); });
-  }
-
-  MPTQC_INLINE F store_scores(int r, const float* bias, const float* mask) const {
-    auto largest = V::set(kLowest);
-    for_columns([&](auto u, int64_t c) {
-      using U = decltype(u);
-      const int n = count<U>(c);
-      auto score = score_of_sums<U>(r, c);
-      if (bias != nullptr) score = U::add(score, U::load(bias + c, n));
-      if (mask != nullptr) score = U::add(score, U::load(mask + c, n));
-      if (n < U::kValues) score = U::add(score, U::load(beyond));
-      U::store(scores_of(r) + c, score);
-      keep_largest(largest, score);
-    });
-    return largest;
-  }
-
-  // A vector's worth (of U: V or L) of scores, from column c on.
-  template <class U>
-  MPTQC_INLINE typename U::F score_of_sums(int r, int64_t c) const {
-    auto sum = U::load(sums_of(r) + c);
-    if (signed_k_zero() != 0) sum = U::add(sum, U::set(row_offset[r]));
-    return U::multiply(U::to_float(sum), U::set(a.score_scale));
-  }
-
   static void keep_largest(F& largest, F x) { largest = V::maximum(largest, x); }
   static void keep_largest(F& largest, typename L::F x) { largest.part[0] = L::maximum(largest.part[0], x); }
   static void keep_largest(I& largest, I x) { largest = V::maximum(largest, x); }
   static void keep_largest(I& largest, typename L::I x) { largest.part[0] = L::maximum(largest.part[0], x); }
 
-  // score(V or L, row, first column) gives scores. Rows take each step in turn, so that they wait for their sums across lanes
-  // together.
-  template <class Score>
-  MPTQC_INLINE void quantize_softmax(int rows, const float (&top)[kRows], const Score& score) {
+  // A function of its own: the compiler keeps fewer vectors in registers in a larger one. Rows take each step in turn, so that
+  // they wait for their sums across lanes together.
+  template <bool of_sums>
+  __attribute__((noinline)) void quantize_softmax(int rows, const float (&top)[kRows]) {
+    const auto score = [this](auto u, int r, int64_t c) {
+      using U = decltype(u);
+      if constexpr (!of_sums) return U::load(scores_of(r) + c);
+      const auto score = score_of<U>(U::load(sums_of(r) + c), r);
+      return count<U>(c) < U::kValues ? U::add(score, U::load(beyond)) : score;
+    };
     float sum[kRows];
     F total[kRows];
     for (int r = 0; r < rows; ++r) {
@@ -271,7 +294,7 @@ struct AttentionTask {
     for (int r = 0; r < rows; ++r) code_sum[r] = signed_v_zero() == 0 ? 0 : L::sum_codes(codes_of(r), a.columns);
   }
 
-  const int32_t* sums_of(int r) const { return sums + r * layout.padded_columns; }
+  int32_t* sums_of(int r) const { return sums + r * layout.padded_columns; }
   float* scores_of(int r) const { return scores + r * layout.padded_columns; }
   uint8_t* codes_of(int r) const { return codes + r * layout.padded_columns; }
 

@@ -18,12 +18,14 @@ class AttentionProduct {
     queries_ = queries;
   }
 
-  // sums[r * stride + c] = offset[c] + sum_d q[r, d] * k[c, d] for the columns of `blocks` <= kPanelBlocks blocks.
-  void scores(int blocks, Blocks keys, const int32_t* offset, int32_t* sums, int64_t stride) {
+  // Whether `scores` writes sums where it is told to, in rows of `stride`, or gives those of the panel in rows of kPanel, until
+  // the next are made.
+  static constexpr bool kWritesSums = false;
+
+  // offset[c] + sum_d q[r, d] * k[c, d] for the columns of `blocks` <= kPanelBlocks blocks.
+  const int32_t* scores(int blocks, Blocks keys, const int32_t* offset, int32_t*, int64_t) {
     product_.multiply(rows_, blocks, queries_, keys, offset, tile_, [](int) {});
-    for (int r = 0; r < rows_; ++r) {
-      for (int block = 0; block < blocks; ++block) L::store(sums + r * stride + 16 * block, L::load(tile_.sum[r] + 16 * block));
-    }
+    return tile_.sum[0];
   }
 
   // The same of codes of P and values; sums lie in a tile of rows of kPanel.

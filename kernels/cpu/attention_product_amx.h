@@ -15,9 +15,10 @@ template <>
 class AttentionProduct<LanesAmx> {
  public:
   static constexpr int kRows = 16;
+  static constexpr bool kWritesSums = true;  // tiles are stored while the next ones are made
 
   AttentionProduct(const mptqc_attention& a, const AttentionScratch& layout, uint8_t* scratch, int32_t)
-      : keys_(layout.key_groups), values_(layout.value_groups), queries_(scratch + layout.queries), tile_() {
+      : keys_(layout.key_groups), values_(layout.value_groups), queries_(scratch + layout.queries) {
     TileConfiguration configuration;
     for (int sums = 0; sums < 4; ++sums) configuration.set(sums, kRows, kTileBytes);
     configuration.set(4, kRows, keys_.bytes);
@@ -40,7 +41,7 @@ class AttentionProduct<LanesAmx> {
     if (keys_.steps == 1) _tile_loadd(4, queries_, stride);
   }
 
-  void scores(int blocks, Blocks keys, const int32_t* offset, int32_t* sums, int64_t stride) {
+  const int32_t* scores(int blocks, Blocks keys, const int32_t* offset, int32_t* sums, int64_t stride) {
     const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(int32_t)), query_bytes = keys_.steps * keys_.bytes;
     load_sums(blocks, offset);
     for (int64_t step = 0; step < keys_.steps; ++step) {
@@ -62,6 +63,7 @@ class AttentionProduct<LanesAmx> {
       }
     }
     store_sums(blocks, sums, row_bytes);
+    return sums;
   }
 
   const int32_t* context(int, int blocks, Codes p, Blocks values, const int32_t* offset) {

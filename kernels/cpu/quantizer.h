@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 
 #include "wide.h"
@@ -16,13 +17,14 @@ namespace {
 // where the rest is below a quarter of the inverse's last place. No quotient is as near to the middle of two floats, but that of
 // X < Y, Y odd, and X * 2^25 being 1 or -1 modulo Y. Those two are tried.
 inline bool divides_by_two_terms(float scale, float inverse, float rest) {
-  int exponent;
-  const int32_t y = static_cast<int32_t>(std::ldexp(std::frexp(scale, &exponent), 24));
-  if (y % 2 == 0 || std::fabs(rest) < std::ldexp(inverse, -26)) return true;
+  int32_t bits;
+  std::memcpy(&bits, &scale, sizeof bits);
+  const int32_t y = (bits & 0x7FFFFF) | 0x800000;
+  if (y % 2 == 0 || std::fabs(rest) < inverse * 0x1p-26f) return true;
   int32_t quotient = 1;  // by 2^25, modulo y
   for (int i = 0; i < 25; ++i) quotient = (quotient % 2 == 0 ? quotient : quotient + y) / 2;
   for (const int32_t x : {quotient, y - quotient}) {
-    const float tried = std::ldexp(static_cast<float>(x), exponent - 24);
+    const float tried = static_cast<float>(x);
     if (x >= 1 << 23 && std::fma(tried, inverse, tried * rest) != tried / scale) return false;
   }
   return true;

@@ -40,16 +40,24 @@ constexpr int64_t chunk_rows(int64_t rows) {
 }
 constexpr int64_t chunk_count(int64_t rows) { return ceil_divide(rows, chunk_rows(rows)); }
 
-// What a task of an attention computes: a chunk of one head's query rows.
+// How many batch entries a task of an attention takes: small windows go together.
+constexpr int64_t attention_entries(int64_t rows) { return rows > 64 || rows == 0 ? 1 : 128 / rows; }
+
+// What a task of an attention computes: a chunk of one head's query rows, or all of them of some batch entries.
 struct AttentionPlace {
-  int64_t batch, head, first_row, end_row;
+  int64_t batch, end_batch, head, first_row, end_row;
 
   AttentionPlace(const mptqc_attention& a, int64_t task) {
-    const int64_t chunk = chunk_rows(a.rows), chunks = ceil_divide(a.rows, chunk);
+    const int64_t chunk = chunk_rows(a.rows), chunks = ceil_divide(a.rows, chunk), entries = attention_entries(a.rows);
     first_row = task % chunks * chunk;
     end_row = least(first_row + chunk, a.rows);
     head = task / chunks % a.heads;
-    batch = task / chunks / a.heads;
+    batch = task / chunks / a.heads * entries;
+    end_batch = least(batch + entries, a.batch);
+  }
+
+  static int64_t tasks(const mptqc_attention& a) {
+    return ceil_divide(a.batch, attention_entries(a.rows)) * a.heads * chunk_count(a.rows);
   }
 
   // Where the head's keys and values begin.

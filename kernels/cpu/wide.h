@@ -61,6 +61,10 @@ struct Wide {
     MPTQC_UNROLL
     for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i]);
   }
+  static void store(int32_t* to, I a) {
+    MPTQC_UNROLL
+    for (int i = 0; i < kParts; ++i) L::store(to + 16 * i, a.part[i]);
+  }
 
   // The same for the first n <= kPanel values alone.
   static F load(const float* from, int n) {
