@@ -51,10 +51,14 @@ int32_t largest_of(const uint8_t* codes, int64_t rows, int64_t stride, int64_t w
 
 // Keys and values of 7 bits and fewer are small weights. Looking at them is a hundredth of the work.
 void attention_avx2(const mptqc_attention& a, int64_t task, uint8_t* scratch) {
-  const AttentionPlace place(a, task);
-  const int32_t largest_key = largest_of(place.k(a), a.columns, a.heads * a.width, a.width);
-  const int32_t largest_value = largest_of(place.v(a), a.columns, a.heads * a.value_width, a.value_width);
-  const int32_t span = span_of_largest(largest_key > largest_value ? largest_key : largest_value);
+  int32_t largest = 0;
+  for (AttentionPlace place(a, task); place.batch < place.end_batch; ++place.batch) {
+    const int32_t largest_key = largest_of(place.k(a), a.columns, a.heads * a.width, a.width);
+    const int32_t largest_value = largest_of(place.v(a), a.columns, a.heads * a.value_width, a.value_width);
+    largest = largest_key > largest ? largest_key : largest;
+    largest = largest_value > largest ? largest_value : largest;
+  }
+  const int32_t span = span_of_largest(largest);
   if (span > 0) return AttentionTask<LanesAvx2Spans>(a, scratch, span).run(task);
   AttentionTask<LanesAvx2>(a, scratch).run(task);
 }

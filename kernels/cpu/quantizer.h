@@ -1,39 +1,14 @@
 // The quantizer of docs/custom-ops.md, on four vectors (V is a Wide) or one (V is a Lanes type).
 #pragma once
 
-#include <cmath>
-#include <cstring>
-#include <initializer_list>
-
 #include "wide.h"
 
 namespace mptqc {
 namespace {
 
-// Whether fma(x, inverse, x * rest) is x / scale, correctly rounded, for all x (Brisebarre, Muller, Raina: Accelerating
-// correctly rounded floating-point division when the divisor is known in advance, 2004).
-//
-// Let X and Y be the integers of 24 bits of x and scale. Before it is rounded, the sum is off by 2^-48 at most, half of that
-// where the rest is below a quarter of the inverse's last place. No quotient is as near to the middle of two floats, but that of
-// X < Y, Y odd, and X * 2^25 being 1 or -1 modulo Y. Those two are tried.
-inline bool divides_by_two_terms(float scale, float inverse, float rest) {
-  int32_t bits;
-  std::memcpy(&bits, &scale, sizeof bits);
-  const int32_t y = (bits & 0x7FFFFF) | 0x800000;
-  if (y % 2 == 0 || std::fabs(rest) < inverse * 0x1p-26f) return true;
-  int32_t quotient = 1;  // by 2^25, modulo y
-  for (int i = 0; i < 25; ++i) quotient = (quotient % 2 == 0 ? quotient : quotient + y) / 2;
-  for (const int32_t x : {quotient, y - quotient}) {
-    const float tried = static_cast<float>(x);
-    if (x >= 1 << 23 && std::fma(tried, inverse, tried * rest) != tried / scale) return false;
-  }
-  return true;
-}
-
 // Its constants, as scalars: they become vectors where they are used, and stay in registers there.
 struct QuantizerConstants {
   float scale, inverse_scale, inverse_rest, high;
-  bool rest_suffices;  // x * inverse_scale + x * inverse_rest is x / scale as division rounds it
   int32_t zero_point, minimum, maximum;
   int regions;
   float split[MPTQC_UPPER_REGIONS];    // where upper regions begin, in steps of scale
@@ -44,7 +19,6 @@ struct QuantizerConstants {
         inverse_scale(1.0f / q.scale),
         inverse_rest(static_cast<float>((1.0 - static_cast<double>(inverse_scale) * q.scale) / q.scale)),
         high(static_cast<float>(q.maximum - q.zero_point)),
-        rest_suffices(divides_by_two_terms(q.scale, inverse_scale, inverse_rest)),
         zero_point(q.zero_point),
         minimum(q.minimum),
         maximum(q.maximum),
@@ -70,15 +44,16 @@ struct Output {
 
 }  // namespace
 
-// x / scale rounded as a division is. Where two terms do not do it, by Markstein's theorem: one Newton step makes the quotient
-// faithful, a second one correct, as inverse_scale is the correctly rounded reciprocal.
+// x / scale, the inverse of scale being the sum of two floats. That is rounded as a division is, but for a few x of some scales
+// (Brisebarre, Muller, Raina: Accelerating correctly rounded floating-point division when the divisor is known in advance,
+// 2004). None of their quotients is a half or a whole number below 512 or next to one: no step depends on them.
+//
+// Let X and Y be the integers of 24 bits of x and scale, so that the quotient is below 2 and above a half. Before it is rounded,
+// the sum is less than 2^-48 off. Nearer to the middle of two floats is no quotient above 1, and one below 1 only if
+// X * 2^25 - M * Y is 1 or -1, M / 2^25 being the middle. The tests find all such X and Y next to a half or a whole number.
 template <class V>
 MPTQC_INLINE typename V::F divide(const QuantizerConstants& q, typename V::F x) {
-  const auto scale = V::set(q.scale), inverse_scale = V::set(q.inverse_scale);
-  if (q.rest_suffices) return V::multiply_add(x, inverse_scale, V::multiply(x, V::set(q.inverse_rest)));
-  auto quotient = V::multiply(x, inverse_scale);
-  quotient = V::multiply_add(V::subtract_product(x, quotient, scale), inverse_scale, quotient);
-  return V::multiply_add(V::subtract_product(x, quotient, scale), inverse_scale, quotient);
+  return V::multiply_add(x, V::set(q.inverse_scale), V::multiply(x, V::set(q.inverse_rest)));
 }
 
 template <class V>

@@ -1,7 +1,9 @@
 """Times of several models, measured side by side.
 
 Machines change their speed from one second to the next, so the models take turns, A B C A B C ..., and a speed-up is
-the median over rounds of (time of the first model / time of this model) within one round. With one thread on the CPU
+the median over rounds of (time of the first model / time of this model) within one round. A turn is two runs, the second
+of which counts: it finds caches and the clock as they are in a service that runs one model, not as another model left
+them. With one thread on the CPU
 the clock is that thread's CPU time, which other processes do not disturb; otherwise it is wall time, which on CUDA
 includes copying the input and output.
 """
@@ -182,10 +184,11 @@ def interleaved(
         for _ in range(WARM_UP_RUNS):
             run()
     round_seconds = (time.perf_counter() - warm_up_started) / WARM_UP_RUNS
-    rounds = repeats or max(MIN_ROUNDS, round(min_seconds * len(runs) / max(round_seconds, 1e-6)))
+    rounds = repeats or max(MIN_ROUNDS, round(min_seconds * len(runs) / max(2 * round_seconds, 1e-6)))
     nanoseconds = np.zeros((rounds, len(runs)), np.int64)
     for k in range(rounds):
         for column, run in enumerate(runs):
+            run()
             nanoseconds[k, column] = run()
         if progress is not None:
             progress("benchmark", k + 1, rounds)

@@ -102,7 +102,7 @@ def test_layer_norm_add_refuses_tables_that_do_not_divide_its_rows(kernels):
 
 LINEAR_SHAPES = [
     (0, 8, 8), (1, 1, 1), (5, 3, 0), (2, 0, 5), (1, 4, 16), (7, 5, 17), (6, 19, 64), (13, 66, 65), (129, 35, 48),
-    (3, 111, 130), (197, 64, 100), (33, 192, 16), (45, 197, 80), (16, 130, 33),
+    (3, 111, 130), (197, 64, 100), (33, 192, 16), (45, 197, 80), (16, 130, 33), (290, 70, 97), (400, 20, 40),
 ]  # fmt: skip
 
 
@@ -285,6 +285,24 @@ def test_linear_with_gelu(kernels, kernels_of, quantizer, activation):
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS[1:])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_multipliers_behind_gelu_may_be_anything(kernels, kernels_of, quantizer, activation):
+    """Of either sign, and so large that its lowest outputs are beyond all steps."""
+    generator = np.random.default_rng(5)
+    a, weight = codes(generator, 37, 20), codes(generator, 20, 200).view(np.int8)
+    scale, bias = np.full(200, 2e-4, np.float32), floats(generator, 200)
+    multiplier = np.exp(floats(generator, 200)).astype(np.float32)
+    multiplier[[3, 64 + 5, 64 + 6, 128 + 7]] = -2, 1e9, -1e9, 1e30
+    arguments = {"input_scale": 0.9, "input_zero_point": 128, "activation": activation, "multiplier": multiplier}
+    actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
+    portable = kernels_of("portable").linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
+    assert np.array_equal(actual, portable)
+    x = ops.linear(a, weight, scale, bias, input_scale=0.9, input_zero_point=128)
+    tolerance = ops.activation_tolerance(activation) * np.maximum(1, np.abs(x)) * np.abs(multiplier)
+    assert_codes_of(actual, quantizer, ops.activate(x, activation) * multiplier, tolerance)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS[1:])
 def test_gelu_is_within_its_tolerance(kernels, kernels_of, activation):
     x = np.concatenate([np.linspace(-12, 12, 100_003), [0, -0.0, 1e-30, 200, -200]]).astype(np.float32)
     one = {"input_scale": 1.0, "input_zero_point": 0, "activation": activation}
@@ -295,6 +313,47 @@ def test_gelu_is_within_its_tolerance(kernels, kernels_of, activation):
     assert error.max() < ops.activation_tolerance(activation)
 
 
+def quantized(kernels, quantizer, x):
+    """The product is 0, so that the bias is quantized."""
+    empty, no_weight = np.zeros((1, 0), np.uint8), np.zeros((0, x.size), np.int8)
+    return kernels.linear(
+        empty, no_weight, np.ones_like(x), x, input_scale=1.0, input_zero_point=0, quantizer=quantizer
+    )[0]
+
+
+def hardest_divisions():
+    """X and Y of 24 bits whose quotient, X < Y, lies nearest to the middle of two floats, one of them, but for a power of
+    2, a half or a whole number below 512."""
+    for odd in range(1, 1024, 2):
+        number = odd << (25 - odd.bit_length())
+        for middle in (number - 1 if odd > 1 else 2**25 - 1, number + 1):
+            for rest in (1, -1):
+                y = -rest * pow(middle, -1, 2**25) % 2**25
+                x, none = divmod(middle * y + rest, 2**25)
+                if none == 0 and 2**23 <= x < y < 2**24:
+                    yield odd, x, y
+
+
+def test_hardest_divisions(kernels):
+    found = list(hardest_divisions())
+    assert found
+    for odd, x, y in found:
+        for exponent in range(odd.bit_length() - 2, 9):  # of the quotient
+            quantizer = ops.CodeQuantizer(scale=y * 2.0**-30, zero_point=0, minimum=0, maximum=255)
+            floats = np.array([(x + i) * 2.0 ** (exponent - 30) for i in (-1, 0, 1)], np.float32)
+            assert np.array_equal(quantized(kernels, quantizer, floats), ops.quantize_codes(quantizer, floats))
+
+
+def test_ties_of_many_scales(kernels):
+    generator = np.random.default_rng(0)
+    ties = np.arange(-255, 511).astype(np.float32) / 2
+    for scale in np.exp(generator.uniform(-20, 20, 200)).astype(np.float32):
+        quantizer = ops.CodeQuantizer(scale=float(scale), zero_point=100, minimum=3, maximum=250)
+        x = ties * scale
+        x = np.concatenate([x, np.nextafter(x, np.float32(np.inf)), np.nextafter(x, np.float32(-np.inf))])
+        assert np.array_equal(quantized(kernels, quantizer, x), ops.quantize_codes(quantizer, x))
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_quantizer_rounds_as_a_division_does(kernels, quantizer):
     """Ties, their neighbours, codes beyond either end, infinities: the product is 0, so that the bias is quantized."""
@@ -303,13 +362,9 @@ def test_quantizer_rounds_as_a_division_does(kernels, quantizer):
     x = np.concatenate([steps, np.nextafter(steps, np.float32(9)), np.nextafter(steps, np.float32(-9)), edges])
     random = np.random.default_rng(3).standard_normal(50_000).astype(np.float32) * 5
     x = np.concatenate([x, random])
-    empty, no_weight = np.zeros((1, 0), np.uint8), np.zeros((0, x.size), np.int8)
-    actual = kernels.linear(
-        empty, no_weight, np.ones_like(x), x, input_scale=1.0, input_zero_point=0, quantizer=quantizer
-    )
     with np.errstate(over="ignore"):
         expected = ops.quantize_codes(quantizer, x)
-    assert np.array_equal(actual[0], expected)
+    assert np.array_equal(quantized(kernels, quantizer, x), expected)
 
 
 ATTENTION_SHAPES = [
@@ -370,6 +425,26 @@ def test_attention_of_small_keys_and_values_is_exact_at_their_limit(kernels, ker
         for row_scale in (False, True):
             actual = kernels.attention(*arguments, row_scale=row_scale)
             assert np.array_equal(actual, kernels_of("portable").attention(*arguments, row_scale=row_scale))
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 3), (7, 13), (5, 49), (3, 64)])
+def test_windows_of_a_task_may_differ(kernels, kernels_of, batch, rows):
+    """Small ones share a task. Keys and values of the first are small, those of others are not."""
+    generator = np.random.default_rng(rows)
+    q, k, v = (codes(generator, batch, rows, 3 * 32) for _ in "qkv")
+    k[0], v[0] = 128 + k[0] % 4, 128 + v[0] % 4
+    bias, mask = floats(generator, 1, 3, rows, rows), floats(generator, batch, 1, rows, rows)
+    for added in ((None, None), (bias, mask)):
+        actual = kernels.attention(q, k, v, 3, SCALES, PROBABILITIES[0], *added, row_scale=True)
+        assert np.array_equal(
+            actual, kernels_of("portable").attention(q, k, v, 3, SCALES, PROBABILITIES[0], *added, row_scale=True)
+        )
+        for window in range(batch):
+            of_window = None if added[1] is None else mask[[window]]
+            alone = kernels.attention(
+                *(each[[window]] for each in (q, k, v)), 3, SCALES, PROBABILITIES[0], added[0], of_window, row_scale=True
+            )
+            assert np.array_equal(actual[[window]], alone)
 
 
 @pytest.mark.parametrize("shift", [-3.4028235e38, -1e9, -3e4, 7e4, 1e9])
