@@ -4,7 +4,6 @@
 // Codes of k and v are uint8 but the product wants int8, so 128 is taken off codes and zero point.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -123,13 +122,14 @@ struct AttentionTask {
     const int64_t stride = a.heads * a.value_width, groups = layout.value_groups;
     const int64_t blocks = ceil_divide(a.value_width, kBlockOutputs);
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t tall = std::max<int64_t>(0, least(4, a.columns - group * 4));
+      const int64_t tall = group * 4 < a.columns ? least(4, a.columns - group * 4) : 0;
       const uint8_t* row = v + group * 4 * stride;
       int8_t* first = values + group * kBlockBytes;
       if constexpr (L::kBlocksWholeTiles) {
         for (int64_t c = 0; c < a.value_width; c += 64) {
           const int columns = static_cast<int>(least(64, a.value_width - c));
-          L::blocks_of_values(row + c, stride, static_cast<int>(tall), columns, first + c * groups * kBlockInputs, groups * kBlockBytes);
+          int8_t* to = first + c * groups * kBlockInputs;
+          L::blocks_of_values(row + c, stride, static_cast<int>(tall), columns, to, groups * kBlockBytes);
         }
       } else {
         for (int64_t block = 0; block < blocks; ++block) {

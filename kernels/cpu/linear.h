@@ -139,9 +139,9 @@ struct LinearTask {
 
   // The panel's constants, from column `first` on.
   void load_panel(int64_t first) {
-    std::copy_n(a.offset + first, kPanel, offset);
-    std::copy_n(a.scale + first, kPanel, scale);
-    std::copy_n(a.bias + first, kPanel, bias);
+    std::memcpy(offset, a.offset + first, sizeof offset);
+    std::memcpy(scale, a.scale + first, sizeof scale);
+    std::memcpy(bias, a.bias + first, sizeof bias);
     for (int64_t c = 0; tail != nullptr && c < kPanel; ++c) {
       factor[c] = a.multiplier != nullptr ? a.multiplier[first + c] : 1.0f;
       if (activation_is_quantized()) factor[c] *= output.quantizer.inverse_scale;
@@ -195,7 +195,8 @@ struct LinearTask {
     template <class Rows>
     MPTQC_INLINE void finish(const Rows& strip, const int32_t* sum, int64_t row, int64_t column) const {
       const int64_t c = column % kPanel;
-      const auto sums = V::to_float(V::load(sum)), scale = Rows::of_columns(task.scale + c), bias = Rows::of_columns(task.bias + c);
+      const auto sums = V::to_float(V::load(sum));
+      const auto scale = Rows::of_columns(task.scale + c), bias = Rows::of_columns(task.bias + c);
       if constexpr (kEnd == End::kAny) {
         task.finish_any(strip, sums, scale, bias, row, column);
       } else if constexpr (kEnd == End::kActivationCodes) {

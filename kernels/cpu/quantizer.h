@@ -48,8 +48,8 @@ struct Output {
 // (Brisebarre, Muller, Raina: Accelerating correctly rounded floating-point division when the divisor is known in advance,
 // 2004). None of their quotients is a half or a whole number below 512 or next to one: no step depends on them.
 //
-// Let X and Y be the integers of 24 bits of x and scale, so that the quotient is below 2 and above a half. Before it is rounded,
-// the sum is less than 2^-48 off. Nearer to the middle of two floats is no quotient above 1, and one below 1 only if
+// Let X and Y be the integers of 24 bits of x and scale, so that the quotient is below 2 and above a half. Before it is
+// rounded, the sum is less than 2^-48 off. Nearer to the middle of two floats is no quotient above 1, and one below 1 only if
 // X * 2^25 - M * Y is 1 or -1, M / 2^25 being the middle. The tests find all such X and Y next to a half or a whole number.
 template <class V>
 MPTQC_INLINE typename V::F divide(const QuantizerConstants& q, typename V::F x) {

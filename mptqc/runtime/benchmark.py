@@ -1,11 +1,10 @@
 """Times of several models, measured side by side.
 
 Machines change their speed from one second to the next, so the models take turns, A B C A B C ..., and a speed-up is
-the median over rounds of (time of the first model / time of this model) within one round. A turn is two runs, the second
-of which counts: it finds caches and the clock as they are in a service that runs one model, not as another model left
-them. With one thread on the CPU
-the clock is that thread's CPU time, which other processes do not disturb; otherwise it is wall time, which on CUDA
-includes copying the input and output.
+the median over rounds of (time of the first model / time of this model) within one round. A turn is two runs, of which
+the second counts: it finds caches and clock as they are in a service that runs one model, not as another model left
+them. With one thread on the CPU the clock is that thread's CPU time, which other processes do not disturb; otherwise it
+is wall time, which on CUDA includes copying the input and output.
 """
 
 import time

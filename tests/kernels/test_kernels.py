@@ -322,8 +322,8 @@ def quantized(kernels, quantizer, x):
 
 
 def hardest_divisions():
-    """X and Y of 24 bits whose quotient, X < Y, lies nearest to the middle of two floats, one of them, but for a power of
-    2, a half or a whole number below 512."""
+    """X < Y of 24 bits whose quotient lies nearest to the middle of two floats, one of which is, but for a power of 2, a
+    half or a whole number below 512."""
     for odd in range(1, 1024, 2):
         number = odd << (25 - odd.bit_length())
         for middle in (number - 1 if odd > 1 else 2**25 - 1, number + 1):
@@ -435,15 +435,13 @@ def test_windows_of_a_task_may_differ(kernels, kernels_of, batch, rows):
     k[0], v[0] = 128 + k[0] % 4, 128 + v[0] % 4
     bias, mask = floats(generator, 1, 3, rows, rows), floats(generator, batch, 1, rows, rows)
     for added in ((None, None), (bias, mask)):
-        actual = kernels.attention(q, k, v, 3, SCALES, PROBABILITIES[0], *added, row_scale=True)
-        assert np.array_equal(
-            actual, kernels_of("portable").attention(q, k, v, 3, SCALES, PROBABILITIES[0], *added, row_scale=True)
-        )
+        arguments = (q, k, v, 3, SCALES, PROBABILITIES[0], *added)
+        actual = kernels.attention(*arguments, row_scale=True)
+        assert np.array_equal(actual, kernels_of("portable").attention(*arguments, row_scale=True))
         for window in range(batch):
-            of_window = None if added[1] is None else mask[[window]]
-            alone = kernels.attention(
-                *(each[[window]] for each in (q, k, v)), 3, SCALES, PROBABILITIES[0], added[0], of_window, row_scale=True
-            )
+            of_window = (each[[window]] for each in (q, k, v))
+            added_to_it = (added[0], None if added[1] is None else mask[[window]])
+            alone = kernels.attention(*of_window, 3, SCALES, PROBABILITIES[0], *added_to_it, row_scale=True)
             assert np.array_equal(actual[[window]], alone)
 
 
