@@ -17,7 +17,7 @@ class AttentionProduct<LanesAmx> {
   static constexpr int kRows = 16;
   static constexpr bool kWritesSums = true;  // tiles are stored while the next ones are made
 
-  AttentionProduct(const mptqc_attention& a, const AttentionScratch& layout, uint8_t* scratch, int32_t)
+  AttentionProduct(const mptqc_attention&, const AttentionScratch& layout, uint8_t* scratch, int32_t)
       : keys_(layout.key_groups), values_(layout.value_groups), queries_(scratch + layout.queries) {
     TileConfiguration configuration;
     for (int sums = 0; sums < 4; ++sums) configuration.set(sums, kRows, kTileBytes);
@@ -27,7 +27,6 @@ class AttentionProduct<LanesAmx> {
     configuration.set(7, values_.bytes / 4, kTileBytes);
     configuration.load();
     std::memset(queries_, 0, kRows * layout.key_groups * kBlockInputs);
-    (void)a;
   }
   AttentionProduct(const AttentionProduct&) = delete;
   AttentionProduct& operator=(const AttentionProduct&) = delete;
@@ -35,6 +34,7 @@ class AttentionProduct<LanesAmx> {
 
   // Copied, as tiles reach beyond a head and beyond the last row.
   void set_queries(int rows, Codes queries) {
+    if (keys_.steps == 0) return;
     const int64_t stride = keys_.steps * keys_.bytes;
     for (int r = 0; r < rows; ++r) std::memcpy(queries_ + r * stride, queries.data + r * queries.stride, queries.width);
     fence();

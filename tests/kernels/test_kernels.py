@@ -322,8 +322,8 @@ def quantized(kernels, quantizer, x):
 
 
 def hardest_divisions():
-    """X < Y of 24 bits whose quotient lies nearest to the middle of two floats, one of which is, but for a power of 2, a
-    half or a whole number below 512."""
+    """X < Y of 24 bits whose quotient lies nearest to the middle of two floats, one of them, but for a power of 2,
+    a half or a whole number below 512."""
     for odd in range(1, 1024, 2):
         number = odd << (25 - odd.bit_length())
         for middle in (number - 1 if odd > 1 else 2**25 - 1, number + 1):
