@@ -71,6 +71,7 @@ Linear = structure(
     rotary=Rotary,
     factor=POINTER,
     unit_heads=UnitHeads,
+    by_rows=I32,
 )
 Attention = structure(
     "Attention",

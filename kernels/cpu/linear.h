@@ -29,8 +29,7 @@ struct LinearTask {
         tail(tail_of(arguments.activation)),
         tables(tail) {}
 
-  // Where a task's outputs are: a chunk of rows of a panel, or, where tiles are half as wide, two chunks of half a panel, so
-  // that weights are fetched once.
+  // Where a task's outputs are: a chunk of rows of a panel, or two chunks of half a panel.
   struct Place {
     int64_t first_row, end_row, first_column;
     int columns;
@@ -64,7 +63,7 @@ struct LinearTask {
   void run(int64_t task) {
     constexpr int columns = Product<L>::kColumns;
     const End kind = end();
-    const Place place(a, task, columns < kPanel && kind != End::kAny);
+    const Place place(a, task, columns < kPanel && kind != End::kAny && a.by_rows == 0);
     load_panel(place.first_column / kPanel * kPanel);
     switch (kind) {
       case End::kCodes:

@@ -136,6 +136,8 @@ typedef struct {
   mptqc_rotary rotary;
   const float* factor; /* [rows, outputs], or null */
   mptqc_unit_heads unit_heads;
+  int32_t by_rows; /* tasks are of few rows, so that threads find in their caches what they wrote; else of few outputs, so
+    * that weights are fetched once. The outputs are the same */
 } mptqc_linear;
 
 MPTQC_EXPORT int64_t mptqc_linear_tasks(const mptqc_linear* arguments);

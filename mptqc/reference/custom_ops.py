@@ -47,7 +47,7 @@ There is UNIT_HEADS besides.
 
 QUICK_GELU_FACTOR = 1.702
 
-# How far an implementation's float may lie from the exact value, before it is quantized. Each is several times what the
+# How far an implementation's float may lie from the exact value, before it is quantized. Each is more than what the
 # polynomials and the order of float32 sums can cost; a code step is never that small.
 LAYER_NORM_TOLERANCE = 2.0**-17
 """Relative to the largest |γ·(x − mean)/σ| + |β| of the row, before anything is added."""

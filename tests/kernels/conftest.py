@@ -95,6 +95,7 @@ class Kernels:
         self, a, weight, weight_scale, bias, *, input_scale, input_zero_point, activation="none", multiplier=None,
         residual=None, rows=None, quantizer=None, weight_is_known=True, rotary=None, factor=None,
         unit_heads=None,
+        by_rows=False,
     ):  # fmt: skip
         inputs, outputs = weight.shape
         blocks = unaligned(block_weight(weight))
@@ -119,7 +120,7 @@ class Kernels:
             None if residual is None else residual.ctypes.data, 0 if rows is None else rows.size,
             None if rows is None else rows.ctypes.data, c_output, address(output),
             self.span(weight) if weight_is_known else 0, Rotary() if rotary is None else c_rotary(*tables),
-            None if factor is None else factor.ctypes.data, UnitHeads(*unit_heads or (0, 0.0)),
+            None if factor is None else factor.ctypes.data, UnitHeads(*unit_heads or (0, 0.0)), by_rows,
         )  # fmt: skip
         self.run("linear", arguments)
         return checked(output)

@@ -116,7 +116,9 @@ def test_linear_equals_the_reference_bit_for_bit(kernels, quantizer, rows, input
     expected = ops.linear(a, weight, scale, bias, **arguments)
     if quantizer is not None:
         expected = ops.quantize_codes(quantizer, expected)
-    assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
+    for by_rows in (False, True):
+        actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, by_rows=by_rows, **arguments)
+        assert np.array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -294,9 +296,10 @@ def test_multipliers_behind_gelu_may_be_anything(kernels, kernels_of, quantizer,
     multiplier = np.exp(floats(generator, 200)).astype(np.float32)
     multiplier[[3, 64 + 5, 64 + 6, 128 + 7]] = -2, 1e9, -1e9, 1e30
     arguments = {"input_scale": 0.9, "input_zero_point": 128, "activation": activation, "multiplier": multiplier}
-    actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
     portable = kernels_of("portable").linear(a, weight, scale, bias, quantizer=quantizer, **arguments)
-    assert np.array_equal(actual, portable)
+    for by_rows in (False, True):
+        actual = kernels.linear(a, weight, scale, bias, quantizer=quantizer, by_rows=by_rows, **arguments)
+        assert np.array_equal(actual, portable)
     x = ops.linear(a, weight, scale, bias, input_scale=0.9, input_zero_point=128)
     tolerance = ops.activation_tolerance(activation) * np.maximum(1, np.abs(x)) * np.abs(multiplier)
     assert_codes_of(actual, quantizer, ops.activate(x, activation) * multiplier, tolerance)

@@ -2,6 +2,7 @@
 // the same members for CUDA devices; a build sees one of the two.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "../node.h"
@@ -43,14 +44,22 @@ class Backend {
 
   void run(const Context& context, const mptqc_layer_norm& arguments) const;
   void run(const Context& context, const mptqc_layer_norm_add& arguments) const;
-  void run(const Context& context, const mptqc_linear& arguments) const;
+  void run(const Context& context, mptqc_linear arguments) const;
   void run(const Context& context, const mptqc_attention& arguments) const;
   void run(const Context& context, const mptqc_patches& arguments) const;
 
  private:
+  // A hint that a copy has of its own: runs may set it at once.
+  struct Flag : std::atomic<bool> {
+    Flag() : std::atomic<bool>(false) {}
+    Flag(const Flag& other) : std::atomic<bool>(other.load()) {}
+    using std::atomic<bool>::operator=;
+  };
+
   explicit Backend(mptqc_isa isa) : isa_(isa) {}
 
   mptqc_isa isa_;
+  mutable Flag has_others_;  // whether several threads shared the last run
 };
 
 }  // namespace mptqc::ort
