@@ -95,6 +95,7 @@ Attention = structure(
     probability=Quantizer,
     quantizer=ctypes.POINTER(Quantizer),
     output=POINTER,
+    by_heads=I32,
 )
 Patches = structure(
     "Patches",

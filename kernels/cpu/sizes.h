@@ -44,14 +44,16 @@ constexpr int64_t chunk_count(int64_t rows) { return ceil_divide(rows, chunk_row
 constexpr int64_t attention_entries(int64_t rows) { return rows > 64 || rows == 0 ? 1 : 128 / rows; }
 
 // Rows of each chunk of a head. Each makes blocks of all keys and values: where there are heads enough, two chunks are one.
-constexpr int64_t attention_rows(int64_t heads, int64_t rows) { return chunk_rows(rows) * (heads < 8 ? 1 : 2); }
+constexpr int64_t attention_rows(const mptqc_attention& a) {
+  return chunk_rows(a.rows) * (a.by_heads != 0 || a.batch * a.heads >= 8 ? 2 : 1);
+}
 
 // What a task of an attention computes: a chunk of one head's query rows, or all of them of some batch entries.
 struct AttentionPlace {
   int64_t batch, end_batch, head, first_row, end_row;
 
   AttentionPlace(const mptqc_attention& a, int64_t task) {
-    const int64_t chunk = attention_rows(a.batch * a.heads, a.rows), chunks = ceil_divide(a.rows, chunk);
+    const int64_t chunk = attention_rows(a), chunks = ceil_divide(a.rows, chunk);
     const int64_t entries = attention_entries(a.rows);
     first_row = task % chunks * chunk;
     end_row = least(first_row + chunk, a.rows);
@@ -61,7 +63,7 @@ struct AttentionPlace {
   }
 
   static int64_t tasks(const mptqc_attention& a) {
-    const int64_t chunks = ceil_divide(a.rows, attention_rows(a.batch * a.heads, a.rows));
+    const int64_t chunks = ceil_divide(a.rows, attention_rows(a));
     return ceil_divide(a.batch, attention_entries(a.rows)) * a.heads * chunks;
   }
 

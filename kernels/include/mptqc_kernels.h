@@ -169,6 +169,8 @@ typedef struct {
   mptqc_quantizer probability;
   const mptqc_quantizer* quantizer; /* null: the output is float */
   void* output; /* [batch, rows, heads * value_width] uint8 or float */
+  int32_t by_heads; /* tasks are of whole heads, as far as 256 rows: keys and values are prepared once. Else there are more
+    * tasks, for more threads. The outputs are the same */
 } mptqc_attention;
 
 MPTQC_EXPORT int64_t mptqc_attention_tasks(const mptqc_attention* arguments);

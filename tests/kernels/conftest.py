@@ -127,7 +127,7 @@ class Kernels:
 
     def attention(
         self, q, k, v, heads, scales: AttentionScales, p_quantizer, bias=None, mask=None, quantizer=None,
-        row_scale=False,
+        row_scale=False, by_heads=False,
     ):  # fmt: skip
         batch, rows, total = q.shape
         columns, value_total = v.shape[1:]
@@ -143,7 +143,7 @@ class Kernels:
             float(np.float32(scales.q_scale) * np.float32(scales.k_scale)),
             float(np.float32(p_quantizer.scale) * np.float32(scales.v_scale)), *addends, int(row_scale),
             c_quantizer(p_quantizer),
-            None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), address(output),
+            None if quantizer is None else ctypes.pointer(c_quantizer(quantizer)), address(output), by_heads,
         )  # fmt: skip
         self.run("attention", arguments)
         return checked(output)

@@ -112,7 +112,7 @@ void layer_norm_add() {
 }
 
 void linear() {
-  const int64_t rows = size(0, 40), inputs = size(0, 200), outputs = size(0, 150);
+  const int64_t rows = generator() % 32 == 0 ? size(129, 260) : size(0, 40), inputs = size(0, 200), outputs = size(0, 150);
   const int64_t blocked = (outputs + 15) / 16 * 16, padded = (outputs + MPTQC_PANEL - 1) / MPTQC_PANEL * MPTQC_PANEL;
   const auto input = codes(rows * inputs);
   auto weight = codes(blocked * ((inputs + 3) / 4 * 4));
@@ -141,6 +141,7 @@ void linear() {
   arguments.table = rows_table.data();
   arguments.quantizer = quantized ? &output : nullptr;
   arguments.span = mptqc_linear_span(blocks, inputs, outputs);
+  arguments.by_rows = static_cast<int32_t>(generator() % 2);
   const int64_t width = int64_t{2} << size(0, 5), tokens = generator() % 2 == 0 ? rows : 1;
   const auto cosine = floats(tokens * MPTQC_PANEL), sine = floats(tokens * MPTQC_PANEL);
   if (rows > 0 && outputs % width == 0 && generator() % 2 == 0) {
@@ -166,7 +167,7 @@ void attention() {
   mptqc_attention arguments = {};
   arguments.batch = size(0, 2);
   arguments.heads = size(1, 3);
-  arguments.rows = size(0, 30);
+  arguments.rows = generator() % 32 == 0 ? size(129, 260) : size(0, 30);
   arguments.columns = size(0, 90);
   arguments.width = size(0, 140);
   arguments.value_width = size(0, 70);
@@ -176,6 +177,7 @@ void attention() {
   const auto v = codes(arguments.batch * arguments.columns * arguments.heads * arguments.value_width, bits);
   const auto bias = floats(arguments.heads * arguments.rows * arguments.columns), mask = floats(arguments.columns);
   arguments.row_scale = static_cast<int32_t>(generator() % 2);
+  arguments.by_heads = static_cast<int32_t>(generator() % 2);
   arguments.q = q.data();
   arguments.k = k.data();
   arguments.v = v.data();

@@ -396,6 +396,7 @@ def test_attention(kernels, kernels_of, shape, p_quantizer, added, row_scale):
     arguments = (q, k, v, heads, SCALES, p_quantizer, bias, mask)
     actual = kernels.attention(*arguments, row_scale=row_scale)
     assert np.array_equal(actual, kernels_of("portable").attention(*arguments, row_scale=row_scale))
+    assert np.array_equal(actual, kernels.attention(*arguments, row_scale=row_scale, by_heads=True))
     output = ops.CodeQuantizer(0.05, 128)
     quantized = kernels.attention(*arguments, quantizer=output, row_scale=row_scale)
     assert np.array_equal(quantized, ops.quantize_codes(output, actual))

@@ -57,8 +57,9 @@ void Backend::run(const Context& context, mptqc_linear arguments) const {
   has_others_ = run_tasks(context, isa_, arguments, mptqc_linear_tasks(&arguments), mptqc_linear_run);
 }
 
-void Backend::run(const Context& context, const mptqc_attention& arguments) const {
-  run_tasks(context, isa_, arguments, mptqc_attention_tasks(&arguments), mptqc_attention_run);
+void Backend::run(const Context& context, mptqc_attention arguments) const {
+  arguments.by_heads = !has_others_;
+  has_others_ = run_tasks(context, isa_, arguments, mptqc_attention_tasks(&arguments), mptqc_attention_run);
 }
 
 void Backend::run(const Context& context, const mptqc_patches& arguments) const {

@@ -45,7 +45,7 @@ class Backend {
   void run(const Context& context, const mptqc_layer_norm& arguments) const;
   void run(const Context& context, const mptqc_layer_norm_add& arguments) const;
   void run(const Context& context, mptqc_linear arguments) const;
-  void run(const Context& context, const mptqc_attention& arguments) const;
+  void run(const Context& context, mptqc_attention arguments) const;
   void run(const Context& context, const mptqc_patches& arguments) const;
 
  private:
