@@ -82,6 +82,7 @@ struct AttentionTask {
   }
 
   static constexpr float kLowest = -3.40282347e38f;
+  static constexpr int32_t kNoSum = -(1 << 30);  // of no key: below all sums, which are 2 * 255 * 128 * 16384 at most
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
   int32_t signed_v_zero() const { return a.v_zero_point - 128; }
@@ -116,6 +117,7 @@ struct AttentionTask {
     }
     const int32_t constant = static_cast<int32_t>(a.width) * a.q_zero_point * signed_k_zero();
     offsets(keys, blocks, words, a.q_zero_point - L::kTaken, constant, key_offset);
+    for (int64_t c = a.columns; c < 16 * blocks; ++c) key_offset[c] = kNoSum;
   }
 
   void block_values(const uint8_t* v) {

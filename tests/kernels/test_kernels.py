@@ -508,3 +508,19 @@ def test_every_instruction_set_of_the_processor_is_found(library):
 @pytest.mark.parametrize("name", ["avx1024", "AVX2"])
 def test_an_unknown_instruction_set_is_refused(library, name):
     assert library.mptqc_choose_isa(name.encode(), ctypes.byref(ctypes.c_int())) != 0
+
+
+@pytest.mark.parametrize("columns", [5, 16, 63, 70])
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_scores_below_those_of_no_key(kernels, columns, row_scale):
+    """Where all keys are far from their zero point the scores are lower than beside the last key, where codes are as good as
+    at the zero point."""
+    generator = np.random.default_rng(columns)
+    q, k = (generator.integers(200, 256, (1, 4, 2 * 24)).astype(np.uint8), codes(generator, 1, columns, 2 * 24) // 4)
+    v = codes(generator, 1, columns, 2 * 24)
+    scales = replace(SCALES, q_zero_point=10, k_zero_point=200)
+    p = ops.attention_probabilities(q, k, 2, scales, None, None)
+    p, largest = ops.scale_rows(p) if row_scale else (p, None)
+    expected = ops.attention_context(ops.quantize_codes(PROBABILITIES[0], p), PROBABILITIES[0], v, scales, largest)
+    actual = kernels.attention(q, k, v, 2, scales, PROBABILITIES[0], row_scale=row_scale)
+    assert np.abs(actual - expected).max() <= 0.02 * np.abs(expected).max()
