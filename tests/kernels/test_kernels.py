@@ -513,8 +513,8 @@ def test_an_unknown_instruction_set_is_refused(library, name):
 @pytest.mark.parametrize("columns", [5, 16, 63, 70])
 @pytest.mark.parametrize("row_scale", [False, True])
 def test_scores_below_those_of_no_key(kernels, columns, row_scale):
-    """Where all keys are far from their zero point the scores are lower than beside the last key, where codes are as good as
-    at the zero point."""
+    """Where all keys are far from their zero point, scores are lower than beside the last key, where codes count as
+    that."""
     generator = np.random.default_rng(columns)
     q, k = (generator.integers(200, 256, (1, 4, 2 * 24)).astype(np.uint8), codes(generator, 1, columns, 2 * 24) // 4)
     v = codes(generator, 1, columns, 2 * 24)
