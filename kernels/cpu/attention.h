@@ -194,9 +194,8 @@ struct AttentionTask {
     for (int r = 0; r < rows; ++r) {
       row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
     }
-    using Most = std::conditional_t<of_sums, I, F>;
-    Most largest[kRows];
-    for (auto& each : largest) each = V::set(of_sums_or_scores<of_sums>(INT32_MIN, kLowest));
+    std::conditional_t<of_sums, I, F> largest[kRows];
+    for (auto& each : largest) start_largest(each);
     product.set_queries(rows, query);
     for (int64_t column = 0; column < a.columns; column += kPanel) {
       const int32_t* from = multiply_keys(column);
@@ -222,12 +221,6 @@ struct AttentionTask {
       }
     }
     quantize_softmax<of_sums>(rows, top);
-  }
-
-  template <bool of_sums>
-  static constexpr auto of_sums_or_scores(int32_t sum, float score) {
-    if constexpr (of_sums) return sum;
-    else return score;
   }
 
   const int32_t* multiply_keys(int64_t column) {
@@ -268,6 +261,8 @@ struct AttentionTask {
     return {added.data + (window * added.heads + head) * added.rows * a.columns, added.rows == 1 ? 0 : a.columns};
   }
 
+  static void start_largest(F& largest) { largest = V::set(kLowest); }
+  static void start_largest(I& largest) { largest = V::set(INT32_MIN); }
   static void keep_largest(F& largest, F x) { largest = V::maximum(largest, x); }
   static void keep_largest(F& largest, typename L::F x) { largest.part[0] = L::maximum(largest.part[0], x); }
   static void keep_largest(I& largest, I x) { largest = V::maximum(largest, x); }

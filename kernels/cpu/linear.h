@@ -38,13 +38,9 @@ struct LinearTask {
       const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows), pairs = chunk_count(a.rows) / 2;
       const bool is_half = has_halves && task < 2 * panels * pairs;
       const int64_t width = is_half ? kPanel / 2 : kPanel, height = is_half ? 2 * chunk : chunk;
-      if (is_half) {
-        first_column = task % (2 * panels) * width;
-        first_row = task / (2 * panels) * height;
-      } else {
-        first_column = task % panels * width;
-        first_row = task / panels * height;
-      }
+      const int64_t across = is_half ? 2 * panels : panels;
+      first_column = task % across * width;
+      first_row = task / across * height;
       end_row = least(first_row + height, a.rows);
       columns = static_cast<int>(least(width, a.outputs - first_column));
     }
@@ -222,7 +218,7 @@ struct LinearTask {
     if (a.unit_heads.width != 0) y = unit_heads(y);
     if (a.multiplier != nullptr) y = V::multiply(y, Rows::of_columns(a.multiplier + column));
     if (a.factor != nullptr) y = V::multiply(y, strip.load(a.factor));
-    if (a.rotary.cosine != nullptr) y = rotate<Rows>(y, row, column);
+    if (a.rotary.cosine != nullptr) y = rotate(y, row, column);
     if (a.residual != nullptr) y = V::add(y, strip.load(a.residual));
     strip.write(output, y);
   }
@@ -239,18 +235,10 @@ struct LinearTask {
     return y;
   }
 
-  // Heads are powers of two that divide what a strip has of a row: the partner of an output is half a head away, up or down.
-  template <class Rows>
+  // Heads are powers of two that divide a panel: the partner of an output is half a head away, up or down.
   typename V::F rotate(typename V::F y, int64_t row, int64_t column) const {
+    const int64_t entry = row % a.rotary.tokens * a.rotary.columns + column % a.rotary.columns;
     const int half = static_cast<int>(a.rotary.width / 2);
-    typename V::F cosine, sine;
-    MPTQC_UNROLL
-    for (int i = 0; i < V::kParts; ++i) {
-      const int64_t token = (row + i / Rows::kRowParts) % a.rotary.tokens, c = column + 16 * (i % Rows::kRowParts);
-      const int64_t entry = token * a.rotary.columns + c % a.rotary.columns;
-      cosine.part[i] = L::load(a.rotary.cosine + entry);
-      sine.part[i] = L::load(a.rotary.sine + entry);
-    }
     alignas(64) float own[kPanel], partner[kPanel];
     V::store(own, y);
     if (half >= 16) {
@@ -258,7 +246,8 @@ struct LinearTask {
     } else {
       for (int c = 0; c < kPanel; ++c) partner[c] = own[c ^ half];
     }
-    return V::add(V::multiply(y, cosine), V::multiply(V::load(partner), sine));
+    const auto rotated = V::multiply(V::load(partner), V::load(a.rotary.sine + entry));
+    return V::add(V::multiply(y, V::load(a.rotary.cosine + entry)), rotated);
   }
 
   template <class Rows>

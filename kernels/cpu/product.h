@@ -13,7 +13,7 @@ struct alignas(64) Tile {
   int32_t sum[Rows + (Columns < kPanel)][Columns];  // a panel of sums can be read from any row on
 };
 
-// The rows that are multiplied where `rows` rows from `row` on are wanted: `best` rows among `all`, if there are so many.
+// The rows that are multiplied where `wanted` rows from `row` on are: `best` rows among `all`, if there are so many.
 struct RowWindow {
   int64_t first;
   int rows;

@@ -449,6 +449,22 @@ def test_windows_of_a_task_may_differ(kernels, kernels_of, batch, rows):
             assert np.array_equal(actual[[window]], alone)
 
 
+@pytest.mark.parametrize("columns", [5, 16, 63, 70])
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_scores_below_those_of_no_key(kernels, columns, row_scale):
+    """Where all keys are far from their zero point, scores are lower than beside the last key, where codes count as
+    that."""
+    generator = np.random.default_rng(columns)
+    q, k = (generator.integers(200, 256, (1, 4, 2 * 24)).astype(np.uint8), codes(generator, 1, columns, 2 * 24) // 4)
+    v = codes(generator, 1, columns, 2 * 24)
+    scales = replace(SCALES, q_zero_point=10, k_zero_point=200)
+    p = ops.attention_probabilities(q, k, 2, scales, None, None)
+    p, largest = ops.scale_rows(p) if row_scale else (p, None)
+    expected = ops.attention_context(ops.quantize_codes(PROBABILITIES[0], p), PROBABILITIES[0], v, scales, largest)
+    actual = kernels.attention(q, k, v, 2, scales, PROBABILITIES[0], row_scale=row_scale)
+    assert np.abs(actual - expected).max() <= 0.02 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("shift", [-3.4028235e38, -1e9, -3e4, 7e4, 1e9])
 @pytest.mark.parametrize("row_scale", [False, True])
 def test_attention_of_rows_whose_scores_are_all_far_off(kernels, shift, row_scale):
@@ -508,19 +524,3 @@ def test_every_instruction_set_of_the_processor_is_found(library):
 @pytest.mark.parametrize("name", ["avx1024", "AVX2"])
 def test_an_unknown_instruction_set_is_refused(library, name):
     assert library.mptqc_choose_isa(name.encode(), ctypes.byref(ctypes.c_int())) != 0
-
-
-@pytest.mark.parametrize("columns", [5, 16, 63, 70])
-@pytest.mark.parametrize("row_scale", [False, True])
-def test_scores_below_those_of_no_key(kernels, columns, row_scale):
-    """Where all keys are far from their zero point, scores are lower than beside the last key, where codes count as
-    that."""
-    generator = np.random.default_rng(columns)
-    q, k = (generator.integers(200, 256, (1, 4, 2 * 24)).astype(np.uint8), codes(generator, 1, columns, 2 * 24) // 4)
-    v = codes(generator, 1, columns, 2 * 24)
-    scales = replace(SCALES, q_zero_point=10, k_zero_point=200)
-    p = ops.attention_probabilities(q, k, 2, scales, None, None)
-    p, largest = ops.scale_rows(p) if row_scale else (p, None)
-    expected = ops.attention_context(ops.quantize_codes(PROBABILITIES[0], p), PROBABILITIES[0], v, scales, largest)
-    actual = kernels.attention(q, k, v, 2, scales, PROBABILITIES[0], row_scale=row_scale)
-    assert np.abs(actual - expected).max() <= 0.02 * np.abs(expected).max()
