@@ -29,20 +29,19 @@ struct LinearTask {
         tail(tail_of(arguments.activation)),
         tables(tail) {}
 
-  // Where a task's outputs are: a chunk of rows of a panel, or two chunks of half a panel.
+  // Where a task's outputs are: a panel of a chunk of rows, or of two chunks; the last tasks then have no rows.
   struct Place {
     int64_t first_row, end_row, first_column;
     int columns;
 
-    Place(const mptqc_linear& a, int64_t task, bool has_halves) {
-      const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows), pairs = chunk_count(a.rows) / 2;
-      const bool is_half = has_halves && task < 2 * panels * pairs;
-      const int64_t width = is_half ? kPanel / 2 : kPanel, height = is_half ? 2 * chunk : chunk;
-      const int64_t across = is_half ? 2 * panels : panels;
-      first_column = task % across * width;
-      first_row = task / across * height;
-      end_row = least(first_row + height, a.rows);
-      columns = static_cast<int>(least(width, a.outputs - first_column));
+    Place(const mptqc_linear& a, int64_t task, bool in_pairs) {
+      const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows), line = task / panels;
+      const int64_t pairs = in_pairs ? chunk_count(a.rows) / 2 : 0;
+      const bool is_pair = line < pairs;
+      first_row = least((is_pair ? 2 * line : pairs + line) * chunk, a.rows);
+      end_row = least(first_row + (is_pair ? 2 : 1) * chunk, a.rows);
+      first_column = task % panels * kPanel;
+      columns = static_cast<int>(least(kPanel, a.outputs - first_column));
     }
   };
 
@@ -60,9 +59,11 @@ struct LinearTask {
     constexpr int columns = Product<L>::kColumns;
     const End kind = end();
     const Place place(a, task, columns < kPanel && kind != End::kAny && a.by_rows == 0);
-    load_panel(place.first_column / kPanel * kPanel);
+    if (place.first_row == place.end_row) return;
+    load_panel(place.first_column);
     switch (kind) {
       case End::kCodes:
+        if (!steps_fit()) break;
         return run_tiles<End::kCodes, columns>(place);
       case End::kFloats:
         return run_tiles<End::kFloats, columns>(place);
@@ -91,11 +92,14 @@ struct LinearTask {
     const Blocks panel = {a.weight + place.first_column / kBlockOutputs * block_bytes, block_bytes};
     const int panel_blocks = static_cast<int>(ceil_divide(place.columns, kBlockOutputs));
     give_back_what_is_taken(panel, panel_blocks);
-    const bool fetch_next = place.first_column + place.columns < a.outputs && !Product<L>::fetches(panel_blocks * block_bytes);
+    const int64_t next_block = (place.first_column + Columns) / kBlockOutputs;
+    const int64_t blocks_behind = ceil_divide(a.outputs, kBlockOutputs) - next_block;
+    const bool fetch_next = blocks_behind > 0 && !Product<L>::fetches(panel_blocks * block_bytes);
     const int64_t strips = ceil_divide(place.end_row - place.first_row, Rows::kRows) * ceil_divide(place.columns, Columns);
-    const int64_t fetch_bytes = fetch_next ? ceil_divide(panel_blocks * block_bytes, strips) : 0;  // with each strip
+    const int64_t fetch_blocks = fetch_next ? least(panel_blocks, blocks_behind) : 0;
+    const int64_t fetch_bytes = ceil_divide(fetch_blocks * block_bytes, strips);  // with each strip
     const bool fetch_output = output_bytes() > kSecondCacheOutput;
-    const int8_t* next = panel.data + panel_blocks * block_bytes;
+    const int8_t* next = a.weight + next_block * block_bytes;
     const Ends<kEnd> ends(*this);
     Product<L> product(a.span);
     Tile<Product<L>::kRows, Columns> tiles[2];
@@ -156,7 +160,7 @@ struct LinearTask {
 
   int64_t output_bytes() const { return a.rows * a.outputs * (output.quantized ? 1 : 4); }
 
-  // Asks for `bytes` bytes of the next panel to come into the second cache while this one is multiplied; returns their end.
+  // Asks for `bytes` bytes of what is multiplied next to come into the second cache; returns their end.
   static const int8_t* prefetch(const int8_t* from, int64_t bytes) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
     return from + bytes;
@@ -201,7 +205,7 @@ struct LinearTask {
       } else {
         auto y = V::add(V::multiply(sums, scale), bias);
         if constexpr (kEnd == End::kCodes) {
-          strip.store_codes(output.quantizer, static_cast<uint8_t*>(output.data), steps_of<V>(output.quantizer, y));
+          strip.store_codes(output.quantizer, static_cast<uint8_t*>(output.data), steps_of_unheld<V>(output.quantizer, y));
         } else {
           if (residual != nullptr) y = V::add(y, strip.load(residual));
           strip.store(static_cast<float*>(output.data), y);
@@ -264,6 +268,14 @@ struct LinearTask {
 
   // Whether nothing but a factor comes between the activation and the quantizer.
   bool activation_is_quantized() const { return output.quantized && a.residual == nullptr; }
+
+  // Whether the steps of all outputs fit 32 bits, whatever the codes.
+  bool steps_fit() const {
+    const float largest_sum = static_cast<float>(a.inputs) * (255 * 128), most = 0x1p30f * output.quantizer.scale;
+    bool fit = true;
+    for (int c = 0; c < kPanel; ++c) fit &= std::fabs(scale[c]) * largest_sum + std::fabs(bias[c]) < most;
+    return fit;
+  }
 
   // Whether no activation times its factor is too low for steps_of_product, which takes what is above -2^22.
   bool can_round_by_adding() const {

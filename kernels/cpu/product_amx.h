@@ -171,7 +171,7 @@ class Product<LanesAmx> {
 
   int rows_ = 0, width_ = 0;
   alignas(64) uint8_t rest_codes_[kRows][kTileBytes];
-  alignas(64) int8_t rest_weights_[kPanelBlocks][kTileRows][kTileBytes] = {};
+  alignas(64) int8_t rest_weights_[kPanelBlocks][kTileRows][kTileBytes];
 };
 
 }  // namespace mptqc

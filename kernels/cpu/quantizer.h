@@ -86,6 +86,12 @@ MPTQC_INLINE typename V::I steps_of(const QuantizerConstants& q, typename V::F x
   return steps_of_held<V>(q, divide<V>(q, V::minimum(x, V::set(q.high * q.scale))));
 }
 
+// The same of an x whose steps fit 32 bits: codes are held as they are stored.
+template <class V>
+MPTQC_INLINE typename V::I steps_of_unheld(const QuantizerConstants& q, typename V::F x) {
+  return steps_of_held<V>(q, divide<V>(q, x));
+}
+
 // The same of an x that is approximated: what a reciprocal in place of the division adds is less than that.
 template <class V>
 MPTQC_INLINE typename V::I steps_near(const QuantizerConstants& q, typename V::F x) {

@@ -16,7 +16,8 @@ struct ShapeInfo;
 struct SessionOptions;
 struct Domain;
 
-constexpr uint32_t kApiVersion = 17;
+// Versions of the ABI: the oldest that the operators run with, and the first that reads which outputs may be in place.
+constexpr uint32_t kLeastVersion = 17, kInPlaceVersion = 18;
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10 };
@@ -105,7 +106,7 @@ class Api {
   FunctionTable table_;
 };
 
-// A custom operator as ONNX Runtime reads it. Fields that are left null are optional or unused at our version.
+// A custom operator as ONNX Runtime reads it. Fields that are left null are optional or unused at our versions.
 struct CustomOp {
   uint32_t version;
   void* create_kernel_1;
@@ -126,7 +127,10 @@ struct CustomOp {
   void* infer_shape;
   int (*start_version)(const CustomOp*);
   int (*end_version)(const CustomOp*);
-  void* in_place[4];
+  // How many pairs of an input and an output that may have its memory; they are given back to the second.
+  size_t (*may_be_in_place)(int** inputs, int** outputs);
+  void (*release_in_place)(int* inputs, int* outputs);
+  void* alias[2];
 };
 static_assert(sizeof(void*) != 8 || sizeof(CustomOp) == 208, "26 fields of 8 bytes");
 

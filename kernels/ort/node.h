@@ -45,7 +45,7 @@ inline void require(bool holds, const char* message) {
 constexpr char kRefusedSizes[] = "the kernel refused its sizes; they are beyond what docs/custom-ops.md allows";
 
 // Throws `what` and what `status` says, unless it is null.
-void check(Api api, Status* status, const std::string& what = "");
+void check(Api api, Status* status, const char* what = "");
 
 // A node while its kernel is made.
 class Node {
@@ -79,6 +79,8 @@ class Context {
   // Of at least `rank` axes.
   Tensor input(size_t index, const char* name, size_t rank) const;
   bool has_input(size_t index) const { return value(index) != nullptr; }
+  // The data of an input whose shape was seen when the node was made.
+  const void* constant(size_t index) const;
   void* output(const Shape& shape, size_t index = 0) const;
 
   // Runs task(user, i) for each i below `total`, on the session's threads.

@@ -10,13 +10,9 @@ namespace {
 
 constexpr int64_t kBlockOutputs = MPTQC_BLOCK_OUTPUTS, kBlockInputs = MPTQC_BLOCK_INPUTS;
 
-// How a message names a tensor that does not fit.
-std::string found(const char* name, const Tensor& tensor) {
-  return std::string(name) + " has shape " + text(tensor.shape) + "; ";
-}
-
-void require_shape(bool holds, const char* name, const Tensor& tensor, const std::string& expected) {
-  if (!holds) throw std::invalid_argument(found(name, tensor) + expected);
+// What is thrown where a tensor's shape does not fit. Runs make no message that they do not need.
+std::invalid_argument misfit(const char* name, const Tensor& tensor, const std::string& expected) {
+  return std::invalid_argument(std::string(name) + " has shape " + text(tensor.shape) + "; " + expected);
 }
 
 std::vector<float> vector_of(const Node& node, size_t input, const char* name) {
@@ -73,7 +69,7 @@ LayerNormQuantize::LayerNormQuantize(const Node& node, const Backend& backend)
 void LayerNormQuantize::run(const Context& context) const {
   const Tensor x = context.input(0, "X", 1);
   const int64_t width = static_cast<int64_t>(gamma_.size());
-  require_shape(x.shape.last() == width, "X", x, "expected " + std::to_string(width) + " channels, as gamma has");
+  if (x.shape.last() != width) throw misfit("X", x, "expected " + std::to_string(width) + " channels, as gamma has");
   table_.check_rows(x.shape.rows());
   const mptqc_layer_norm arguments = {
       x.shape.rows(), width,         x.as<float>(),  gamma_.data(), beta_.data(),
@@ -94,14 +90,14 @@ LayerNormAddBase::LayerNormAddBase(const Node& node, const Backend& backend)
 mptqc_layer_norm_add LayerNormAddBase::prepare(const Context& context, Shape* shape) const {
   const Tensor x = context.input(0, "X", 1);
   const int64_t width = static_cast<int64_t>(gamma_.size());
-  require_shape(x.shape.last() == width, "X", x, "expected " + std::to_string(width) + " channels, as gamma has");
+  if (x.shape.last() != width) throw misfit("X", x, "expected " + std::to_string(width) + " channels, as gamma has");
   table_.check_rows(x.shape.rows());
   mptqc_layer_norm_add arguments = {};
   *shape = x.shape;
   if (context.has_input(3)) {
     const Tensor residual = context.input(3, "residual", 1);
-    require_shape(residual.shape.last() == width && residual.shape.rows() == x.shape.rows(), "residual", residual,
-                  "X has shape " + text(x.shape));
+    const bool fits = residual.shape.last() == width && residual.shape.rows() == x.shape.rows();
+    if (!fits) throw misfit("residual", residual, "X has shape " + text(x.shape));
     arguments.residual = residual.as<float>();
     *shape = residual.shape;
   }
@@ -143,8 +139,10 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
   outputs_ = static_cast<int64_t>(scale.size());
   groups_ = shape[1];
   const int64_t blocks = (outputs_ + kBlockOutputs - 1) / kBlockOutputs;
-  require_shape(shape[0] == blocks && shape[2] == kBlockOutputs && shape[3] == kBlockInputs, "W", weight,
-                "expected [" + std::to_string(blocks) + ", K/4, 16, 4] for " + std::to_string(outputs_) + " outputs");
+  if (shape[0] != blocks || shape[2] != kBlockOutputs || shape[3] != kBlockInputs) {
+    throw misfit("W", weight,
+                 "expected [" + std::to_string(blocks) + ", K/4, 16, 4] for " + std::to_string(outputs_) + " outputs");
+  }
   require(bias.size() == scale.size(), "bias and W_scale differ in size");
 
   const std::string activation = node.string("activation");
@@ -178,7 +176,9 @@ LinearBase::LinearBase(const Node& node, const Backend& backend) : backend_(back
 mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
   const Tensor a = context.input(0, "A", 1);
   const int64_t inputs = a.shape.last(), groups = (inputs + kBlockInputs - 1) / kBlockInputs;
-  require_shape(groups == groups_, "A", a, "its last axis does not fit W's " + std::to_string(groups_) + " groups of 4");
+  if (groups != groups_) {
+    throw misfit("A", a, "its last axis does not fit W's " + std::to_string(groups_) + " groups of 4");
+  }
   *shape = a.shape;
   shape->size[shape->rank - 1] = outputs_;
   mptqc_linear arguments = {};
@@ -186,7 +186,7 @@ mptqc_linear LinearBase::prepare(const Context& context, Shape* shape) const {
   arguments.inputs = inputs;
   arguments.outputs = outputs_;
   arguments.input = a.as<uint8_t>();
-  arguments.weight = context.input(1, "W", 4).as<int8_t>();
+  arguments.weight = static_cast<const int8_t*>(context.constant(1));
   arguments.offset = offset_.data();
   arguments.scale = scale_.data();
   arguments.bias = bias_.data();
@@ -206,8 +206,8 @@ bool LinearBase::has_factor(const Node& node, size_t index) const {
 const float* LinearBase::beside(
     const Context& context, size_t index, const char* name, const mptqc_linear& arguments, Shape* shape) const {
   const Tensor tensor = context.input(index, name, 1);
-  require_shape(tensor.shape.last() == outputs_ && tensor.shape.rows() == arguments.rows, name, tensor,
-                "the product has shape " + text(*shape));
+  const bool fits = tensor.shape.last() == outputs_ && tensor.shape.rows() == arguments.rows;
+  if (!fits) throw misfit(name, tensor, "the product has shape " + text(*shape));
   *shape = tensor.shape;
   return tensor.as<float>();
 }
@@ -237,11 +237,14 @@ LinearQuantize::LinearQuantize(const Node& node, const Backend& backend)
     require(activation_ == MPTQC_NO_ACTIVATION && unit_heads_.width == 0, "a rotation goes with activation none");
     const Tensor cosine = node.constant(5, "cosine", 3), sine = node.constant(6, "sine", 3);
     const int64_t heads = cosine.shape.size[1], width = cosine.shape.size[2], columns = heads * width;
-    require_shape(text(sine.shape) == text(cosine.shape), "sine", sine, "cosine has " + text(cosine.shape));
-    require_shape(width >= 2 && width <= MPTQC_PANEL && (width & (width - 1)) == 0 && outputs_ % width == 0, "cosine",
-                  cosine, "heads must be 2 to 64 wide, a power of two, and divide " + std::to_string(outputs_) + " outputs");
-    require_shape(columns == MPTQC_PANEL || (columns == outputs_ && columns % MPTQC_PANEL == 0), "cosine", cosine,
-                  "its heads must fill 64 columns, or be all heads if those fill multiples of 64");
+    if (text(sine.shape) != text(cosine.shape)) throw misfit("sine", sine, "cosine has " + text(cosine.shape));
+    if (width < 2 || width > MPTQC_PANEL || (width & (width - 1)) != 0 || outputs_ % width != 0) {
+      throw misfit("cosine", cosine,
+                   "heads must be 2 to 64 wide, a power of two, and divide " + std::to_string(outputs_) + " outputs");
+    }
+    if (columns != MPTQC_PANEL && (columns != outputs_ || columns % MPTQC_PANEL != 0)) {
+      throw misfit("cosine", cosine, "its heads must fill 64 columns, or be all heads if those fill multiples of 64");
+    }
     rotates_ = true;
     return;
   }
@@ -256,8 +259,7 @@ mptqc_rotary LinearQuantize::rotary(const Context& context, int64_t rows) const 
   const Tensor cosine = context.input(5, "cosine", 3), sine = context.input(6, "sine", 3);
   const int64_t* size = cosine.shape.size;
   if (size[0] == 0 || rows % size[0] != 0) {
-    throw std::invalid_argument(found("cosine", cosine) + "its tokens do not divide the " + std::to_string(rows) +
-                                " rows of the input");
+    throw misfit("cosine", cosine, "its tokens do not divide the " + std::to_string(rows) + " rows of the input");
   }
   return {size[0], size[1] * size[2], size[2], cosine.as<float>(), sine.as<float>()};
 }
@@ -288,21 +290,24 @@ void AttentionBase::run(const Context& context, const mptqc_quantizer* quantizer
   const Tensor q = context.input(0, "q", 3), k = context.input(1, "k", 3), v = context.input(2, "v", 3);
   const int64_t batch = q.shape.size[0], rows = q.shape.size[1], columns = k.shape.size[1];
   for (const Tensor& tensor : {q, k, v}) {
-    require_shape(tensor.shape.rank == 3 && tensor.shape.last() % heads_ == 0, "an operand", tensor,
-                  "expected [batch, tokens, a multiple of " + std::to_string(heads_) + " heads]");
+    if (tensor.shape.rank != 3 || tensor.shape.last() % heads_ != 0) {
+      throw misfit("an operand", tensor, "expected [batch, tokens, a multiple of " + std::to_string(heads_) + " heads]");
+    }
   }
-  require_shape(k.shape.size[0] == batch && k.shape.last() == q.shape.last(), "k", k, "q has " + text(q.shape));
-  require_shape(v.shape.size[0] == batch && v.shape.size[1] == columns, "v", v, "k has " + text(k.shape));
+  const bool k_fits = k.shape.size[0] == batch && k.shape.last() == q.shape.last();
+  if (!k_fits) throw misfit("k", k, "q has " + text(q.shape));
+  const bool v_fits = v.shape.size[0] == batch && v.shape.size[1] == columns;
+  if (!v_fits) throw misfit("v", v, "k has " + text(k.shape));
 
   const auto addend = [&](size_t index, const char* name) -> mptqc_addend {
     if (!context.has_input(index)) return {};
     const Tensor added = context.input(index, name, 4);
     const int64_t* size = added.shape.size;
-    require_shape(added.shape.rank == 4 && size[0] > 0 && batch % size[0] == 0 &&
-                      (size[1] == 1 || size[1] == heads_) && (size[2] == 1 || size[2] == rows) && size[3] == columns,
-                  name, added,
-                  "it does not broadcast to [" + std::to_string(batch) + ", " + std::to_string(heads_) + ", " +
-                      std::to_string(rows) + ", " + std::to_string(columns) + "]");
+    const bool fits = added.shape.rank == 4 && size[0] > 0 && batch % size[0] == 0 &&
+                      (size[1] == 1 || size[1] == heads_) && (size[2] == 1 || size[2] == rows) && size[3] == columns;
+    if (!fits) {
+      throw misfit(name, added, "it does not broadcast to " + text({4, {batch, heads_, rows, columns}}));
+    }
     return {added.as<float>(), size[0], size[1], size[2]};
   };
   Shape shape = q.shape;
@@ -340,9 +345,10 @@ QuantizePatches::QuantizePatches(const Node& node, const Backend& backend)
 void QuantizePatches::run(const Context& context) const {
   const Tensor x = context.input(0, "X", 4);
   const int64_t* size = x.shape.size;
-  require_shape(x.shape.rank == 4 && size[2] % patch_height_ == 0 && size[3] % patch_width_ == 0, "X", x,
-                "expected [batch, channels, height, width] in whole patches of " + std::to_string(patch_height_) +
-                    " x " + std::to_string(patch_width_));
+  if (x.shape.rank != 4 || size[2] % patch_height_ != 0 || size[3] % patch_width_ != 0) {
+    throw misfit("X", x, "expected [batch, channels, height, width] in whole patches of " +
+                             std::to_string(patch_height_) + " x " + std::to_string(patch_width_));
+  }
   const Shape shape = {
       4, {size[0], size[2] / patch_height_, size[3] / patch_width_, size[1] * patch_height_ * patch_width_}};
   const mptqc_patches arguments = {size[0],       size[1],      size[2],       size[3],    patch_height_,

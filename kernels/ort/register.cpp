@@ -17,6 +17,7 @@ struct Signature {
   size_t count, required;
   ElementType inputs[8];
   bool has_codes = false;  // a second output, of uint8
+  int residual = -1;  // the input that is added to the first output, element by element: it may take over its memory
 };
 
 // An operator on float16 in place of float32; X and, in a Linear, residual and output are what changes.
@@ -36,13 +37,13 @@ template <>
 constexpr Signature kSignature<LayerNormQuantize> = {"LayerNormQuantize", kUint8, 4, 3, {kFloat, kFloat, kFloat, kInt64}};
 template <>
 constexpr Signature kSignature<LayerNormAdd> = {
-    "LayerNormAdd", kFloat, 5, 4, {kFloat, kFloat, kFloat, kFloat, kInt64}};
+    "LayerNormAdd", kFloat, 5, 4, {kFloat, kFloat, kFloat, kFloat, kInt64}, false, 3};
 template <>
 constexpr Signature kSignature<LayerNormAddQuantize> = {
-    "LayerNormAddQuantize", kFloat, 6, 3, {kFloat, kFloat, kFloat, kFloat, kInt64, kInt64}, true};
+    "LayerNormAddQuantize", kFloat, 6, 3, {kFloat, kFloat, kFloat, kFloat, kInt64, kInt64}, true, 3};
 template <>
 constexpr Signature kSignature<Linear> = {
-    "Linear", kFloat, 7, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64, kFloat}};
+    "Linear", kFloat, 7, 4, {kUint8, kInt8, kFloat, kFloat, kFloat, kInt64, kFloat}, false, 4};
 template <>
 [[maybe_unused]] constexpr Signature kSignature<Half<LayerNormQuantize>> = {
     "LayerNormQuantize", kUint8, 4, 3, {kFloat16, kFloat, kFloat, kInt64}};
@@ -98,10 +99,11 @@ struct Kernel {
 
   static void destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-  static const CustomOp* record() {
-    static const CustomOp op = [] {
+  // For ONNX Runtime of this version.
+  static const CustomOp* record(uint32_t version) {
+    static const CustomOp op = [&] {
       CustomOp fields = {};
-      fields.version = kApiVersion;
+      fields.version = version;
       fields.name = [](const CustomOp*) { return kSignature<Operator>.name; };
       fields.provider = [](const CustomOp*) { return Backend::kProvider; };
       fields.input_count = [](const CustomOp*) { return kSignature<Operator>.count; };
@@ -120,6 +122,15 @@ struct Kernel {
       fields.destroy = destroy;
       fields.start_version = [](const CustomOp*) { return 1; };
       fields.end_version = [](const CustomOp*) { return 1; };
+      if constexpr (Backend::kAddsInPlace && kSignature<Operator>.residual >= 0) {
+        fields.may_be_in_place = [](int** inputs, int** outputs) {
+          static int residual = kSignature<Operator>.residual, first = 0;
+          *inputs = &residual;
+          *outputs = &first;
+          return size_t{1};
+        };
+        fields.release_in_place = [](int*, int*) {};
+      }
       return fields;
     }();
     return &op;
@@ -127,22 +138,22 @@ struct Kernel {
 };
 
 // The domain is made once and belongs to the process: ONNX Runtime keeps pointers to it and to the operators.
-Domain* domain(Api api) {
+Domain* domain(Api api, uint32_t version) {
   static std::mutex mutex;
   static Domain* made = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   if (made == nullptr) {
     Domain* fresh = nullptr;
     check(api, api.create_domain(kDomain, &fresh));
-    for (const CustomOp* op : {Kernel<LayerNormQuantize>::record(), Kernel<LayerNormAdd>::record(),
-                               Kernel<LayerNormAddQuantize>::record(), Kernel<Linear>::record(),
-                               Kernel<LinearQuantize>::record(), Kernel<Attention>::record(),
-                               Kernel<AttentionQuantize>::record(), Kernel<QuantizePatches>::record()}) {
-      check(api, api.add_operator(fresh, op));
+    for (const auto record : {Kernel<LayerNormQuantize>::record, Kernel<LayerNormAdd>::record,
+                               Kernel<LayerNormAddQuantize>::record, Kernel<Linear>::record,
+                               Kernel<LinearQuantize>::record, Kernel<Attention>::record,
+                               Kernel<AttentionQuantize>::record, Kernel<QuantizePatches>::record}) {
+      check(api, api.add_operator(fresh, record(version)));
     }
     if constexpr (Backend::kHasFloat16) {
-      check(api, api.add_operator(fresh, Kernel<Half<LayerNormQuantize>>::record()));
-      check(api, api.add_operator(fresh, Kernel<Half<Linear>>::record()));
+      check(api, api.add_operator(fresh, Kernel<Half<LayerNormQuantize>>::record(version)));
+      check(api, api.add_operator(fresh, Kernel<Half<Linear>>::record(version)));
     }
     made = fresh;
   }
@@ -155,13 +166,14 @@ Domain* domain(Api api) {
 extern "C" MPTQC_EXPORT mptqc::ort::Status* RegisterCustomOps(
     mptqc::ort::SessionOptions* options, const mptqc::ort::ApiBase* base) {
   using namespace mptqc::ort;
-  const FunctionTable table = base->get_api(kApiVersion);
+  const FunctionTable table = base->get_api(kLeastVersion);
   if (table == nullptr) {
     return Api(base->get_api(1)).create_status(kFail, "the kernel library needs ONNX Runtime 1.17 or newer");
   }
   const Api api(table);
+  const uint32_t version = base->get_api(kInPlaceVersion) != nullptr ? kInPlaceVersion : kLeastVersion;
   return guarded(api, "ai.mptqc: ", [&] {
     Backend::choose(kFloat);
-    check(api, api.add_domain(options, domain(api)));
+    check(api, api.add_domain(options, domain(api, version)));
   });
 }

@@ -19,6 +19,9 @@ class Backend {
   // Whether Linears multiply by a factor, and LinearQuantize rotates heads or brings them to length 1.
   static constexpr bool kHasFactor = true, kHasRotary = true, kHasUnitHeads = true;
 
+  // Whether an output may take the place of the residual.
+  static constexpr bool kAddsInPlace = true;
+
   // Whether there are LayerNormAdd and LayerNormAddQuantize.
   static constexpr bool kHasLayerNormAdd = true;
 

@@ -23,6 +23,9 @@ class Backend {
   // Whether Linears multiply by a factor, and LinearQuantize rotates heads or brings them to length 1.
   static constexpr bool kHasFactor = false, kHasRotary = false, kHasUnitHeads = false;
 
+  // Whether an output may take the place of the residual: not tried on a device.
+  static constexpr bool kAddsInPlace = false;
+
   // Whether there are LayerNormAdd and LayerNormAddQuantize.
   static constexpr bool kHasLayerNormAdd = false;
 
