@@ -74,15 +74,19 @@ struct AttentionTask {
     mask_rows = rows_of(a.mask, place);
     block_keys(place.k(a));
     block_values(place.v(a));
+    int before = 0;  // rows whose codes of P wait to be multiplied
     for (int64_t row = place.first_row; row < place.end_row; row += kRows) {
       const int rows = static_cast<int>(least(kRows, place.end_row - row));
-      scores_are_sums() ? make_p<true>(place, row, rows) : make_p<false>(place, row, rows);
-      write_context(place.batch, place.head, row, rows);
+      scores_are_sums() ? make_p<true>(place, row, rows, before) : make_p<false>(place, row, rows, before);
+      before = rows;
     }
+    if (before > 0) write_context(place.batch, place.head, place.end_row - before, before);
   }
 
   static constexpr float kLowest = -3.40282347e38f;
-  static constexpr int32_t kNoSum = -(1 << 30);  // of no key: below all sums, which are 2 * 255 * 128 * 16384 at most
+  static constexpr int64_t kMostProduct = 2 * 255 * 128;  // of two codes less their zero points, offsets included
+  static constexpr int32_t kNoSum = -(1 << 30);  // of no key: below all sums, which are of kMostAttentionTerms at most
+  static_assert(kMostProduct * kMostAttentionTerms < 1 << 30);
 
   int32_t signed_k_zero() const { return a.k_zero_point - 128; }
   int32_t signed_v_zero() const { return a.v_zero_point - 128; }
@@ -182,16 +186,19 @@ struct AttentionTask {
     for (int64_t c = panels; c < a.columns; c += kBlockOutputs) work(L(), c);
   }
 
-  // Whether nothing is added to scores, and larger sums have larger ones.
-  bool scores_are_sums() const { return a.bias.data == nullptr && a.mask.data == nullptr && a.score_scale > 0.0f; }
+  // Whether nothing is added to scores, and that of no key is 87 or more below all others: its power does not count then.
+  bool scores_are_sums() const {
+    const float least_gap = static_cast<float>(-int64_t{kNoSum} - kMostProduct * a.width);
+    return a.bias.data == nullptr && a.mask.data == nullptr && a.score_scale * least_gap >= 87.0f;
+  }
 
-  // Codes of P. Where scores are sums times a factor (`of_sums`), the largest sum has the largest score, and each score is made
-  // where it is needed.
+  // Codes of P. Where scores are sums times a factor (`of_sums`), softmax takes the sums' differences as they are. What lies
+  // `before`, so many rows whose codes wait, is multiplied in between: no product follows the stores of its operands at once.
   template <bool of_sums>
-  __attribute__((noinline)) void make_p(const AttentionPlace& place, int64_t row, int rows) {
+  __attribute__((noinline)) void make_p(const AttentionPlace& place, int64_t row, int rows, int before) {
     const int64_t stride = a.heads * a.width;
     const Codes query = {a.q + (place.batch * a.rows + row) * stride + place.head * a.width, stride, a.width};
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; !of_sums && r < rows; ++r) {
       row_offset[r] = signed_k_zero() == 0 ? 0 : -signed_k_zero() * L::sum_codes(query.data + r * stride, a.width);
     }
     std::conditional_t<of_sums, I, F> largest[kRows];
@@ -207,20 +214,15 @@ struct AttentionTask {
         for (int64_t c = column; c < a.columns; c += kBlockOutputs) take_sums<L>(from + (c - column), row, r, c, largest[r]);
       }
     }
+    if (before > 0) write_context(place.batch, place.head, row - before, before);
     for (int r = 0; Product::kWritesSums && r < rows; ++r) {
       auto most = largest[r];
       for_columns([&](auto u, int64_t c) { take_sums<decltype(u)>(sums_of(r) + c, row, r, c, most); });
       largest[r] = most;
     }
-    float top[kRows];
-    for (int r = 0; r < rows; ++r) {
-      if constexpr (of_sums) {
-        top[r] = static_cast<float>(V::largest(largest[r]) + row_offset[r]) * a.score_scale;
-      } else {
-        top[r] = V::largest(largest[r]);
-      }
-    }
-    quantize_softmax<of_sums>(rows, top);
+    std::conditional_t<of_sums, int32_t, float> top[kRows];
+    for (int r = 0; r < rows; ++r) top[r] = V::largest(largest[r]);
+    quantize_softmax(rows, top);
   }
 
   const int32_t* multiply_keys(int64_t column) {
@@ -270,19 +272,11 @@ struct AttentionTask {
 
   // A function of its own: the compiler keeps fewer vectors in registers in a larger one. Rows take each step in turn, so that
   // they wait for their sums across lanes together.
-  template <bool of_sums>
-  __attribute__((noinline)) void quantize_softmax(int rows, const float (&top)[kRows]) {
-    const auto score = [this](auto u, int r, int64_t c) {
-      using U = decltype(u);
-      if constexpr (!of_sums) return U::load(scores_of(r) + c);
-      const auto score = score_of<U>(U::load(sums_of(r) + c), r);
-      return count<U>(c) < U::kValues ? U::add(score, U::load(beyond)) : score;
-    };
+  template <class Top>
+  __attribute__((noinline)) void quantize_softmax(int rows, const Top (&top)[kRows]) {
     float sum[kRows];
     F total[kRows];
-    for (int r = 0; r < rows; ++r) {
-      total[r] = a.row_scale ? quantize_powers(r, top[r], score) : store_powers(r, top[r], score);
-    }
+    for (int r = 0; r < rows; ++r) total[r] = a.row_scale ? quantize_powers(r, top[r]) : store_powers(r, top[r]);
     for (int r = 0; r < rows; ++r) sum[r] = V::sum(total[r]);  // of powers, with row_scale of powers / probability.scale
     for (int r = 0; r < rows; ++r) {
       row_factor[r] = a.row_scale ? probability.inverse_scale / sum[r] : 1.0f;
@@ -296,19 +290,19 @@ struct AttentionTask {
   uint8_t* codes_of(int r) const { return codes + r * layout.padded_columns; }
 
   // The largest power is 1, whatever their sum: the codes of P are made at once. Returns the sum of their quotients.
-  template <class Score>
-  MPTQC_INLINE F quantize_powers(int r, float top, const Score& score) const {
+  template <class Top>
+  MPTQC_INLINE F quantize_powers(int r, Top top) const {
     const auto q = probability;  // stores of codes cannot change a copy
-    return powers(r, top, q.inverse_scale, score, [&](auto u, int64_t c, const auto& power) {
+    return powers(r, top, q.inverse_scale, [&](auto u, int64_t c, const auto& power) {
       using U = decltype(u);
       store_codes<U>(q, codes_of(r) + c, steps_of_product<U>(q, power.of_part, power.of_rest), U::kValues);
     });
   }
 
   // Scores become powers; returns their sum.
-  template <class Score>
-  MPTQC_INLINE F store_powers(int r, float top, const Score& score) const {
-    return powers(r, top, 1.0f, score, [&](auto u, int64_t c, const auto& power) {
+  template <class Top>
+  MPTQC_INLINE F store_powers(int r, Top top) const {
+    return powers(r, top, 1.0f, [&](auto u, int64_t c, const auto& power) {
       using U = decltype(u);
       U::store(scores_of(r) + c, U::multiply(power.of_part, power.of_rest));
     });
@@ -316,13 +310,14 @@ struct AttentionTask {
 
   // Calls work(V or L, first column, factor * e^(score - top)) for all columns of a row; returns the sum of these. Those
   // beyond the last column are 2^-124 of the largest.
-  template <class Score, class Work>
-  MPTQC_INLINE F powers(int r, float top, float factor, const Score& score, const Work& work) const {
+  template <class Top, class Work>
+  MPTQC_INLINE F powers(int r, Top top, float factor, const Work& work) const {
     auto total = V::set(0.0f);
     const auto table = roots;  // here it can stay in registers, as no store may change it
+    const float unit = std::is_same_v<Top, int32_t> ? a.score_scale : 1.0f;
     for_columns([&](auto u, int64_t c) {
       using U = decltype(u);
-      const PowerOfE<U> power(table, U::subtract(score(u, r, c), U::set(top)), factor);
+      const PowerOfE<U> power(table, below<U>(r, c, top), unit, factor);
       add_product(total, power.of_part, power.of_rest);
       work(u, c, power);
     });
@@ -339,6 +334,16 @@ struct AttentionTask {
     });
   }
 
+  // How far scores, or sums, are from the largest of their row. What all sums of a row have in common does not count.
+  template <class U>
+  MPTQC_INLINE typename U::F below(int r, int64_t c, float top) const {
+    return U::subtract(U::load(scores_of(r) + c), U::set(top));
+  }
+  template <class U>
+  MPTQC_INLINE typename U::F below(int r, int64_t c, int32_t top) const {
+    return U::to_float(U::add(U::load(sums_of(r) + c), U::set(-top)));
+  }
+
   static void add_product(F& total, F x, F y) { total = V::multiply_add(x, y, total); }
   static void add_product(F& total, typename L::F x, typename L::F y) { total.part[0] = L::multiply_add(x, y, total.part[0]); }
 
@@ -346,7 +351,7 @@ struct AttentionTask {
   template <class U>
   int count(int64_t c) const { return static_cast<int>(least(U::kValues, a.columns - c)); }
 
-  void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
+  __attribute__((noinline)) void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t block_bytes = layout.value_groups * kBlockBytes;
     const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
     for (int64_t column = 0; column < a.value_width; column += kPanel) {

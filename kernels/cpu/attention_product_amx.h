@@ -18,7 +18,7 @@ class AttentionProduct<LanesAmx> {
   static constexpr bool kWritesSums = true;  // tiles are stored while the next ones are made
 
   AttentionProduct(const mptqc_attention&, const AttentionScratch& layout, uint8_t* scratch, int32_t)
-      : keys_(layout.key_groups), values_(layout.value_groups), queries_(scratch + layout.queries) {
+      : keys_(layout.key_groups), values_(layout.value_groups), copy_(scratch + layout.queries) {
     TileConfiguration configuration;
     for (int sums = 0; sums < 4; ++sums) configuration.set(sums, kRows, kTileBytes);
     configuration.set(4, kRows, keys_.bytes);
@@ -26,27 +26,31 @@ class AttentionProduct<LanesAmx> {
     configuration.set(6, keys_.bytes / 4, kTileBytes);
     configuration.set(7, values_.bytes / 4, kTileBytes);
     configuration.load();
-    std::memset(queries_, 0, kRows * layout.key_groups * kBlockInputs);
+    std::memset(copy_, 0, kRows * layout.key_groups * kBlockInputs);
   }
   AttentionProduct(const AttentionProduct&) = delete;
   AttentionProduct& operator=(const AttentionProduct&) = delete;
   ~AttentionProduct() { _tile_release(); }
 
-  // Copied, as tiles reach beyond a head and beyond the last row.
+  // Copied where tiles reach beyond the head or the last row, for which their loads have to wait.
   void set_queries(int rows, Codes queries) {
     if (keys_.steps == 0) return;
-    const int64_t stride = keys_.steps * keys_.bytes;
-    for (int r = 0; r < rows; ++r) std::memcpy(queries_ + r * stride, queries.data + r * queries.stride, queries.width);
-    fence();
-    if (keys_.steps == 1) _tile_loadd(4, queries_, stride);
+    const int64_t width = keys_.steps * keys_.bytes;
+    queries_ = queries;
+    if (rows < kRows || queries.width < width) {
+      for (int r = 0; r < rows; ++r) std::memcpy(copy_ + r * width, queries.data + r * queries.stride, queries.width);
+      queries_ = {copy_, width, width};
+      fence();
+    }
+    if (keys_.steps == 1) _tile_loadd(4, queries_.data, queries_.stride);
   }
 
   const int32_t* scores(int blocks, Blocks keys, const int32_t* offset, int32_t* sums, int64_t stride) {
-    const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(int32_t)), query_bytes = keys_.steps * keys_.bytes;
+    const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(int32_t));
     load_sums(blocks, offset);
     for (int64_t step = 0; step < keys_.steps; ++step) {
       const int8_t* key = keys.data + step * keys_.bytes * kBlockOutputs;
-      if (keys_.steps > 1) _tile_loadd(4, queries_ + step * keys_.bytes, query_bytes);
+      if (keys_.steps > 1) _tile_loadd(4, queries_.data + step * keys_.bytes, queries_.stride);
       _tile_loadd(6, key, kTileBytes);
       _tile_dpbusd(0, 4, 6);
       if (blocks > 1) {
@@ -123,7 +127,8 @@ class AttentionProduct<LanesAmx> {
   }
 
   const Steps keys_, values_;
-  uint8_t* const queries_;
+  uint8_t* const copy_;
+  Codes queries_ = {};
   Tile<kRows> tile_;
 };
 

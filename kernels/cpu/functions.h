@@ -12,20 +12,21 @@ constexpr float kRoots[16] = {
     0.960919797f, 0.958377779f, 0.957106769f, 0.957163095f, 0.958605409f, 0.961495161f,
     0.965896428f, 0.971876085f, 0.979504049f, 0.988853276f};
 
-// factor * e^x for x <= 0 as a product of two, given the table of kRoots. Its relative error is under 2^-20 down to x = -20,
-// where a power no longer counts; x below -86 count as that, so that no power is a denormal.
+// factor * e^(x * unit) for x <= 0 as a product of two, given the table of kRoots. Its relative error is under 2^-19 down to
+// e^-20, where a power no longer counts; those below e^-86 count as that, so that no power is a denormal.
 //
-// e^x = 2^(w + part), w being x / ln 2 to the nearest 1/16. A parabola gives 2^part. A shifter of 2^-4 the weight leaves
-// sixteenths in the low bits of its sum: the last four of them name a root of 2, the others are added to its exponent.
+// e^(x * unit) = 2^(w + part), w being x * unit / ln 2 to the nearest 1/16. A parabola gives 2^part. A shifter of 2^-4 the
+// weight leaves sixteenths in the low bits of its sum: the last four of them name a root of 2, the others are added to its
+// exponent.
 template <class V>
 struct PowerOfE {
   typename V::F of_part, of_rest;
 
-  MPTQC_INLINE PowerOfE(const typename V::Table& roots, typename V::F x, float factor) {
-    const auto inverse_ln2 = V::set(1.44269504f), shifter = V::set(kShifter / 16);
-    x = V::maximum(x, V::set(-86.0f));
-    const auto shifted = V::multiply_add(x, inverse_ln2, shifter);
-    const auto back = V::subtract_product(V::subtract(shifted, shifter), x, inverse_ln2);  // -part
+  MPTQC_INLINE PowerOfE(const typename V::Table& roots, typename V::F x, float unit, float factor) {
+    const auto octaves = V::set(1.44269504f * unit), shifter = V::set(kShifter / 16);
+    x = V::maximum(x, V::set(-86.0f / unit));
+    const auto shifted = V::multiply_add(x, octaves, shifter);
+    const auto back = V::subtract_product(V::subtract(shifted, shifter), x, octaves);  // -part
     of_part = V::multiply_add(back, V::set(0.240226254f * factor), V::set(-0.693187952f * factor));
     of_part = V::multiply_add(back, of_part, V::set(factor));
     const auto bits = V::as_int(shifted);

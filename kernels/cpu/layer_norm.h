@@ -23,7 +23,7 @@ struct LayerNormRows {
   }
 
   // Rows take each step in turn, so that they wait for their sums across lanes together.
-  static constexpr int kTogether = 4;
+  static constexpr int kTogether = 8;
 
   template <class Write>
   void normalize(int64_t row, int rows, const Write& write) const {

@@ -68,13 +68,13 @@ class Kernels:
         return checked(output)
 
     def layer_norm_add(
-        self, x, gamma, beta, epsilon, *, residual=None, rows=None, quantizer=None, code_rows=None
+        self, x, gamma, beta, epsilon, *, residual=None, rows=None, quantizer=None, code_rows=None, in_place=False
     ):  # fmt: skip
         """The sum, and its codes if there is a quantizer."""
         shape, width = x.shape if residual is None else residual.shape, x.shape[-1]
         output, codes = guarded(shape, np.float32), guarded(shape, np.uint8)
         arrays = [unaligned(array) for array in (x, gamma, beta)]
-        residual = None if residual is None else unaligned(residual)
+        residual = None if residual is None else placed(residual, output if in_place else None)
         places = None if code_rows is None else np.argsort(code_rows)
         arguments = LayerNormAdd(
             x.size // width if width else 0, width, *(array.ctypes.data for array in arrays), epsilon,
@@ -96,6 +96,7 @@ class Kernels:
         residual=None, rows=None, quantizer=None, weight_is_known=True, rotary=None, factor=None,
         unit_heads=None,
         by_rows=False,
+        in_place=False,
     ):  # fmt: skip
         inputs, outputs = weight.shape
         blocks = unaligned(block_weight(weight))
@@ -109,7 +110,8 @@ class Kernels:
         a = unaligned(a)
         shape = next((x.shape for x in (residual, factor) if x is not None), (*a.shape[:-1], outputs))
         output = guarded(shape, np.float32 if quantizer is None else np.uint8)
-        residual, factor = (None if array is None else unaligned(array) for array in (residual, factor))
+        factor = None if factor is None else unaligned(factor)
+        residual = None if residual is None else placed(residual, output if in_place else None)
         multiplier = None if multiplier is None else unaligned(np.pad(multiplier, padding))
         c_output = None if quantizer is None else ctypes.pointer(c_quantizer(quantizer))
         tables = [] if rotary is None else [unaligned(table) for table in rotary]
@@ -184,6 +186,14 @@ def guarded(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]
 
 def address(output: tuple[np.ndarray, np.ndarray]) -> int:
     return int(output[0].ctypes.data) + GUARD_BYTES
+
+
+def placed(residual: np.ndarray, output: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """A copy of the residual: where the output is to be, if that is given."""
+    if output is None:
+        return unaligned(residual)
+    output[1][...] = residual
+    return output[1]
 
 
 def checked(output: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

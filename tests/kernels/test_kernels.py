@@ -73,6 +73,18 @@ def test_layer_norm_add(kernels, kernels_of, quantizer, adds, rows, width):
     assert ((low <= actual) & (actual <= high)).all()
 
 
+@pytest.mark.parametrize("quantizer", [None, QUANTIZERS[0]])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (9, 17), (70, 96)])
+def test_a_norms_sum_may_take_the_residuals_place(kernels, quantizer, rows, width):
+    generator = np.random.default_rng(rows)
+    x, residual = floats(generator, rows, width), floats(generator, rows, width)
+    inputs = (x, floats(generator, width), floats(generator, width), 1e-6)
+    arguments = {"residual": residual, "quantizer": quantizer, "rows": generator.permutation(rows)}
+    expected = kernels.layer_norm_add(*inputs, **arguments)
+    actual = kernels.layer_norm_add(*inputs, **arguments, in_place=True)
+    assert all(np.array_equal(mine, its) for mine, its in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("moves", ["rows", "codes", "both", "both, groups of other sizes"])
 def test_layer_norm_add_moves_rows_and_codes(kernels, adds, moves):
@@ -136,6 +148,37 @@ def test_linear_adds_the_residual_at_the_row_it_writes(kernels, activation):
         assert np.array_equal(actual, expected)
     else:
         assert np.abs(actual - expected).max() < ops.activation_tolerance(activation) * (np.abs(expected).max() + 4)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 5, 3), (37, 64, 96), (197, 30, 200), (300, 70, 65)])
+def test_a_linears_output_may_take_the_residuals_place(kernels, activation, moves, rows, inputs, outputs):
+    generator = np.random.default_rng(rows)
+    a, weight = codes(generator, rows, inputs), codes(generator, inputs, outputs).view(np.int8)
+    constants = (np.full(outputs, 1e-3, np.float32), floats(generator, outputs))
+    arguments = {
+        "input_scale": 0.1, "input_zero_point": 128, "activation": activation,
+        "residual": floats(generator, rows, outputs), "rows": generator.permutation(rows) if moves else None,
+    }  # fmt: skip
+    expected = kernels.linear(a, weight, *constants, **arguments)
+    for by_rows in (False, True):
+        assert np.array_equal(
+            kernels.linear(a, weight, *constants, **arguments, by_rows=by_rows, in_place=True), expected
+        )
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("largest", [1e-3, 1e3, 1e30])
+def test_outputs_far_beyond_the_codes_are_the_last(kernels, quantizer, largest):
+    """Steps that do not fit 32 bits among them."""
+    generator = np.random.default_rng(4)
+    a, weight = codes(generator, 40, 24), codes(generator, 24, 70).view(np.int8)
+    scale, bias = np.full(70, largest, np.float32), floats(generator, 70) * np.float32(largest)
+    bias[::7] *= 1e-30
+    arguments = {"input_scale": 0.1, "input_zero_point": 128}
+    expected = ops.quantize_codes(quantizer, ops.linear(a, weight, scale, bias, **arguments))
+    assert np.array_equal(kernels.linear(a, weight, scale, bias, quantizer=quantizer, **arguments), expected)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -463,6 +506,21 @@ def test_scores_below_those_of_no_key(kernels, columns, row_scale):
     expected = ops.attention_context(ops.quantize_codes(PROBABILITIES[0], p), PROBABILITIES[0], v, scales, largest)
     actual = kernels.attention(q, k, v, 2, scales, PROBABILITIES[0], row_scale=row_scale)
     assert np.abs(actual - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("q_scale", [1e-15, 1e-9, 1e-6])
+@pytest.mark.parametrize("columns", [5, 63, 70])
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_no_key_counts_where_scores_hardly_differ(kernels, q_scale, columns, row_scale):
+    generator = np.random.default_rng(columns)
+    q, k, v = codes(generator, 1, 4, 2 * 24), codes(generator, 1, columns, 2 * 24), codes(generator, 1, columns, 2 * 24)
+    scales = replace(SCALES, q_scale=q_scale)
+    probability = ops.CodeQuantizer(0.25 / columns, 0)
+    p = ops.attention_probabilities(q, k, 2, scales, None, None)
+    p, largest = ops.scale_rows(p) if row_scale else (p, None)
+    expected = ops.attention_context(ops.quantize_codes(probability, p), probability, v, scales, largest)
+    actual = kernels.attention(q, k, v, 2, scales, probability, row_scale=row_scale)
+    assert np.abs(actual - expected).max() <= 0.002 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("shift", [-3.4028235e38, -1e9, -3e4, 7e4, 1e9])

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from code_quantizers import FOUR_REGIONS, TWO_REGIONS, UNIFORM
@@ -248,6 +249,35 @@ def test_one_session_runs_concurrently(case):
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda feeds: session.run(None, feeds), batches))
     assert all(all(map(np.array_equal, *outputs)) for outputs in zip(alone, together, strict=True))
+
+
+def amid_others(case: str, *, kept: bool) -> bytes:
+    """The operator between two that negate: the residual may be overwritten unless it is `kept`, as an output."""
+    model = onnx.load_from_string(native(*CASES[case]))
+    graph, (node,) = model.graph, model.graph.node
+    index = list(node.input).index("residual")
+    node.input[index], node.output[0] = "before", "behind"
+    negations = [
+        helper.make_node("Neg", *([name] for name in names)) for names in (("residual", "before"), ("behind", "y"))
+    ]
+    shape = CASES[case][1]["residual"].shape
+    graph.value_info.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("before", "behind")
+    )
+    graph.node.insert(0, negations[0])
+    graph.node.append(negations[1])
+    if kept:
+        graph.output.append(helper.make_tensor_value_info("before", TensorProto.FLOAT, shape))
+    result: bytes = model.SerializeToString()
+    return result
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "residual" in CASES[case][1]])
+def test_an_output_takes_the_residuals_place_where_nothing_else_reads_it(case):
+    feeds = CASES[case][1]
+    free, kept = (run_all(amid_others(case, kept=kept), feeds) for kept in (False, True))
+    assert np.array_equal(kept[-1], -feeds["residual"])
+    assert all(np.array_equal(mine, its) for mine, its in zip(free, kept, strict=False))
 
 
 def portable_linear(quantizer: ops.CodeQuantizer | None) -> bytes:
