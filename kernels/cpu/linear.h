@@ -29,22 +29,6 @@ struct LinearTask {
         tail(tail_of(arguments.activation)),
         tables(tail) {}
 
-  // Where a task's outputs are: a panel of a chunk of rows, or of two chunks; the last tasks then have no rows.
-  struct Place {
-    int64_t first_row, end_row, first_column;
-    int columns;
-
-    Place(const mptqc_linear& a, int64_t task, bool in_pairs) {
-      const int64_t panels = ceil_divide(a.outputs, kPanel), chunk = chunk_rows(a.rows), line = task / panels;
-      const int64_t pairs = in_pairs ? chunk_count(a.rows) / 2 : 0;
-      const bool is_pair = line < pairs;
-      first_row = least((is_pair ? 2 * line : pairs + line) * chunk, a.rows);
-      end_row = least(first_row + (is_pair ? 2 : 1) * chunk, a.rows);
-      first_column = task % panels * kPanel;
-      columns = static_cast<int>(least(kPanel, a.outputs - first_column));
-    }
-  };
-
   // What comes behind the product. Frequent ends have code of their own, that finds all it needs in registers.
   enum class End { kCodes, kFloats, kActivationCodes, kAny };
 
@@ -58,8 +42,7 @@ struct LinearTask {
   void run(int64_t task) {
     constexpr int columns = Product<L>::kColumns;
     const End kind = end();
-    const Place place(a, task, columns < kPanel && kind != End::kAny && a.by_rows == 0);
-    if (place.first_row == place.end_row) return;
+    const LinearPlace place(a, task);
     load_panel(place.first_column);
     switch (kind) {
       case End::kCodes:
@@ -86,7 +69,7 @@ struct LinearTask {
   };
 
   template <End kEnd, int Columns>
-  void run_tiles(const Place& place) {
+  void run_tiles(const LinearPlace& place) {
     using Rows = Strip<L, Columns>;
     const int64_t block_bytes = ceil_divide(a.inputs, kBlockInputs) * kBlockBytes;
     const Blocks panel = {a.weight + place.first_column / kBlockOutputs * block_bytes, block_bytes};

@@ -38,7 +38,25 @@ constexpr int64_t chunk_rows(int64_t rows) {
   const int64_t chunks = rows > 0 ? ceil_divide(rows, 128) : 1;
   return round_up(rows > 0 ? ceil_divide(rows, chunks) : 1, 6);
 }
-constexpr int64_t chunk_count(int64_t rows) { return ceil_divide(rows, chunk_rows(rows)); }
+
+// Where a task of a Linear has its outputs: a panel of one chunk of rows, or of two.
+struct LinearPlace {
+  int64_t first_row, end_row, first_column;
+  int columns;
+
+  LinearPlace(const mptqc_linear& a, int64_t task) {
+    const int64_t height = rows_of_task(a), panels = ceil_divide(a.outputs, kPanel);
+    first_row = task / panels * height;
+    end_row = least(first_row + height, a.rows);
+    first_column = task % panels * kPanel;
+    columns = static_cast<int>(least(kPanel, a.outputs - first_column));
+  }
+
+  static int64_t tasks(const mptqc_linear& a) { return ceil_divide(a.rows, rows_of_task(a)) * ceil_divide(a.outputs, kPanel); }
+
+ private:
+  static int64_t rows_of_task(const mptqc_linear& a) { return chunk_rows(a.rows) * (a.by_rows != 0 ? 1 : 2); }
+};
 
 // How many batch entries a task of an attention takes: small windows go together.
 constexpr int64_t attention_entries(int64_t rows) { return rows > 64 || rows == 0 ? 1 : 128 / rows; }
