@@ -74,13 +74,17 @@ struct AttentionTask {
     mask_rows = rows_of(a.mask, place);
     block_keys(place.k(a));
     block_values(place.v(a));
-    int before = 0;  // rows whose codes of P wait to be multiplied
+    int before = 0;  // rows whose codes of P wait to be multiplied: tiles are not loaded right behind the stores of their rows
     for (int64_t row = place.first_row; row < place.end_row; row += kRows) {
       const int rows = static_cast<int>(least(kRows, place.end_row - row));
       scores_are_sums() ? make_p<true>(place, row, rows, before) : make_p<false>(place, row, rows, before);
-      before = rows;
+      if (Product::kWritesSums) {
+        before = rows;
+      } else {
+        write_context(place.batch, place.head, row, rows);
+      }
     }
-    if (before > 0) write_context(place.batch, place.head, place.end_row - before, before);
+    if (Product::kWritesSums && before > 0) write_context(place.batch, place.head, place.end_row - before, before);
   }
 
   static constexpr float kLowest = -3.40282347e38f;
@@ -192,8 +196,8 @@ struct AttentionTask {
     return a.bias.data == nullptr && a.mask.data == nullptr && a.score_scale * least_gap >= 87.0f;
   }
 
-  // Codes of P. Where scores are sums times a factor (`of_sums`), softmax takes the sums' differences as they are. What lies
-  // `before`, so many rows whose codes wait, is multiplied in between: no product follows the stores of its operands at once.
+  // Codes of P. Where scores are sums times a factor (`of_sums`), softmax takes the sums' differences as they are. The codes of
+  // so many rows `before` are multiplied in between.
   template <bool of_sums>
   __attribute__((noinline)) void make_p(const AttentionPlace& place, int64_t row, int rows, int before) {
     const int64_t stride = a.heads * a.width;
@@ -214,7 +218,7 @@ struct AttentionTask {
         for (int64_t c = column; c < a.columns; c += kBlockOutputs) take_sums<L>(from + (c - column), row, r, c, largest[r]);
       }
     }
-    if (before > 0) write_context(place.batch, place.head, row - before, before);
+    if (Product::kWritesSums && before > 0) write_context(place.batch, place.head, row - before, before);
     for (int r = 0; Product::kWritesSums && r < rows; ++r) {
       auto most = largest[r];
       for_columns([&](auto u, int64_t c) { take_sums<decltype(u)>(sums_of(r) + c, row, r, c, most); });
@@ -351,7 +355,7 @@ struct AttentionTask {
   template <class U>
   int count(int64_t c) const { return static_cast<int>(least(U::kValues, a.columns - c)); }
 
-  __attribute__((noinline)) void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
+  void write_context(int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t block_bytes = layout.value_groups * kBlockBytes;
     const Codes p = {codes, layout.padded_columns, round_up(a.columns, kBlockInputs)};
     for (int64_t column = 0; column < a.value_width; column += kPanel) {
