@@ -221,6 +221,7 @@ struct AttentionTask {
     if (Product::kWritesSums && before > 0) write_context(place.batch, place.head, row - before, before);
     for (int r = 0; Product::kWritesSums && r < rows; ++r) {
       auto most = largest[r];
+      if (!of_sums) product.stay_awake();
       for_columns([&](auto u, int64_t c) { take_sums<decltype(u)>(sums_of(r) + c, row, r, c, most); });
       largest[r] = most;
     }
@@ -280,11 +281,16 @@ struct AttentionTask {
   __attribute__((noinline)) void quantize_softmax(int rows, const Top (&top)[kRows]) {
     float sum[kRows];
     F total[kRows];
-    for (int r = 0; r < rows; ++r) total[r] = a.row_scale ? quantize_powers(r, top[r]) : store_powers(r, top[r]);
+    for (int r = 0; r < rows; ++r) {
+      product.stay_awake();
+      total[r] = a.row_scale ? quantize_powers(r, top[r]) : store_powers(r, top[r]);
+    }
     for (int r = 0; r < rows; ++r) sum[r] = V::sum(total[r]);  // of powers, with row_scale of powers / probability.scale
     for (int r = 0; r < rows; ++r) {
       row_factor[r] = a.row_scale ? probability.inverse_scale / sum[r] : 1.0f;
-      if (!a.row_scale) quantize_quotients(r, 1.0f / (sum[r] * probability.scale));
+      if (a.row_scale) continue;
+      product.stay_awake();
+      quantize_quotients(r, 1.0f / (sum[r] * probability.scale));
     }
     for (int r = 0; r < rows; ++r) code_sum[r] = signed_v_zero() == 0 ? 0 : L::sum_codes(codes_of(r), a.columns);
   }

@@ -34,6 +34,9 @@ class AttentionProduct {
     return tile_.sum[0];
   }
 
+  // Called before each row of scores that is worked on.
+  void stay_awake() {}
+
  private:
   Product<L> product_;
   Tile<Product<L>::kRows> tile_ = {};

@@ -17,8 +17,8 @@ class AttentionProduct<LanesAmx> {
   static constexpr int kRows = 16;
   static constexpr bool kWritesSums = true;  // tiles are stored while the next ones are made
 
-  AttentionProduct(const mptqc_attention&, const AttentionScratch& layout, uint8_t* scratch, int32_t)
-      : keys_(layout.key_groups), values_(layout.value_groups), copy_(scratch + layout.queries) {
+  AttentionProduct(const mptqc_attention& a, const AttentionScratch& layout, uint8_t* scratch, int32_t)
+      : keys_(layout.key_groups), values_(layout.value_groups), copy_(scratch + layout.queries), columns_(a.columns) {
     TileConfiguration configuration;
     for (int sums = 0; sums < 4; ++sums) configuration.set(sums, kRows, kTileBytes);
     configuration.set(4, kRows, keys_.bytes);
@@ -47,6 +47,7 @@ class AttentionProduct<LanesAmx> {
 
   const int32_t* scores(int blocks, Blocks keys, const int32_t* offset, int32_t* sums, int64_t stride) {
     const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(int32_t));
+    wake();
     load_sums(blocks, offset);
     for (int64_t step = 0; step < keys_.steps; ++step) {
       const int8_t* key = keys.data + step * keys_.bytes * kBlockOutputs;
@@ -70,8 +71,18 @@ class AttentionProduct<LanesAmx> {
     return sums;
   }
 
+  // The unit of the tiles falls asleep 0.6 us after its last product, and it takes 0.3 us to wake it. So a product that nobody
+  // reads is made now and then, in a tile whose sums were stored, unless all rows take less time, or so much that what vectors
+  // gain by its sleep, one more port, outweighs that.
+  void stay_awake() {
+    if (--rows_awake_ != 0) return;
+    _tile_dpbusd(0, 4, 6);
+    rows_awake_ = kValuesAwake / columns_;
+  }
+
   const int32_t* context(int, int blocks, Codes p, Blocks values, const int32_t* offset) {
     fence();
+    wake();
     load_sums(blocks, offset);
     for (int64_t step = 0; step < values_.steps; ++step) {
       const int8_t* value = values.data + step * values_.bytes * kBlockOutputs;
@@ -97,6 +108,9 @@ class AttentionProduct<LanesAmx> {
 
  private:
   static constexpr int kTileBytes = 64;
+  static constexpr int64_t kValuesAwake = 1700;  // of scores, that are worked on until the unit falls asleep
+
+  void wake() { rows_awake_ = columns_ >= 96 && columns_ <= 288 && keys_.steps > 0 ? kValuesAwake / columns_ : 0; }
 
   // `groups` groups of 4 inputs in steps of one width.
   struct Steps {
@@ -129,6 +143,8 @@ class AttentionProduct<LanesAmx> {
   const Steps keys_, values_;
   uint8_t* const copy_;
   Codes queries_ = {};
+  const int64_t columns_;
+  int64_t rows_awake_ = 0;  // that can be worked on while it is awake; 0 and below: it may sleep
   Tile<kRows> tile_;
 };
 
