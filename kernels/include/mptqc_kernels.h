@@ -82,7 +82,7 @@ typedef struct {
   float epsilon;
   int64_t table_size; /* 0: none; else it divides rows */
   const int64_t* table; /* output row r of a group of table_size is made from its input row table[r] */
-  const float* residual; /* [rows, width], or null */
+  const float* residual; /* [rows, width], or null; it may lie where the output is to be */
   float* output; /* [rows, width] */
   const mptqc_quantizer* quantizer; /* null: there are no codes */
   int64_t code_table_size; /* 0: none; else it divides rows */
@@ -127,7 +127,7 @@ typedef struct {
   const float *scale, *bias;
   int32_t activation;
   const float* multiplier; /* [outputs rounded up to 64], or null */
-  const float* residual; /* [rows, outputs], or null */
+  const float* residual; /* [rows, outputs], or null; on a CPU it may lie where a float output is to be */
   int64_t table_size; /* 0: none; else it divides rows */
   const int64_t* table; /* row r of a group of table_size goes to its output row table[r]; a permutation */
   const mptqc_quantizer* quantizer; /* null: the output is float */
