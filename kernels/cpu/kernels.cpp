@@ -45,8 +45,8 @@ const Implementation* find(mptqc_isa isa) {
   }
 }
 
-int64_t task_count(const mptqc_layer_norm& a) { return ceil_divide(a.rows, kLayerNormRows); }
-int64_t task_count(const mptqc_layer_norm_add& a) { return ceil_divide(a.rows, kLayerNormRows); }
+int64_t task_count(const mptqc_layer_norm& a) { return NormPlace::tasks(a.rows); }
+int64_t task_count(const mptqc_layer_norm_add& a) { return NormPlace::tasks(a.rows); }
 int64_t task_count(const mptqc_linear& a) { return LinearPlace::tasks(a); }
 int64_t task_count(const mptqc_attention& a) { return AttentionPlace::tasks(a); }
 int64_t task_count(const mptqc_trellis& a) { return a.rows; }

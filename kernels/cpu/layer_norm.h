@@ -16,9 +16,9 @@ struct LayerNormRows {
   // Calls write(x, mean, factor, row) for each output row of a task: `value` then gives what the norm makes of x.
   template <class Write>
   void run(int64_t task, const Write& write) const {
-    const int64_t first = task * kLayerNormRows, end = least(first + kLayerNormRows, a.rows);
-    for (int64_t row = first; row < end; row += kTogether) {
-      normalize(row, static_cast<int>(least(kTogether, end - row)), write);
+    const NormPlace place(a.rows, task);
+    for (int64_t row = place.first_row; row < place.end_row; row += kTogether) {
+      normalize(row, static_cast<int>(least(kTogether, place.end_row - row)), write);
     }
   }
 

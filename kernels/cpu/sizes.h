@@ -73,10 +73,10 @@ struct AttentionPlace {
   AttentionPlace(const mptqc_attention& a, int64_t task) {
     const int64_t chunk = attention_rows(a), chunks = ceil_divide(a.rows, chunk);
     const int64_t entries = attention_entries(a.rows);
-    first_row = task % chunks * chunk;
+    head = task % a.heads;
+    first_row = task / a.heads % chunks * chunk;
     end_row = least(first_row + chunk, a.rows);
-    head = task / chunks % a.heads;
-    batch = task / chunks / a.heads * entries;
+    batch = task / a.heads / chunks * entries;
     end_batch = least(batch + entries, a.batch);
   }
 
@@ -90,7 +90,23 @@ struct AttentionPlace {
   const uint8_t* v(const mptqc_attention& a) const { return a.v + (batch * a.columns * a.heads + head) * a.value_width; }
 };
 
-constexpr int64_t kLayerNormRows = 32;
+// The rows of a task of a norm: some of one chunk, so that threads norm rows that they made.
+struct NormPlace {
+  int64_t first_row, end_row;
+
+  NormPlace(int64_t rows, int64_t task) {
+    const int64_t chunk = chunk_rows(rows), tasks = tasks_of_chunk(rows), first = task / tasks * chunk;
+    const int64_t end = least(first + chunk, rows);
+    first_row = least(first + task % tasks * kRows, end);
+    end_row = least(first_row + kRows, end);
+  }
+
+  static int64_t tasks(int64_t rows) { return ceil_divide(rows, chunk_rows(rows)) * tasks_of_chunk(rows); }
+
+ private:
+  static constexpr int64_t kRows = 32;
+  static int64_t tasks_of_chunk(int64_t rows) { return ceil_divide(least(chunk_rows(rows), rows), kRows); }
+};
 
 // Where the parts of an attention task's scratch memory begin, in bytes; each on a cache line.
 struct AttentionScratch {

@@ -53,16 +53,16 @@ class Backend {
 
  private:
   // A hint that a copy has of its own: runs may set it at once.
-  struct Flag : std::atomic<bool> {
-    Flag() : std::atomic<bool>(false) {}
-    Flag(const Flag& other) : std::atomic<bool>(other.load()) {}
-    using std::atomic<bool>::operator=;
+  struct Count : std::atomic<int> {
+    Count() : std::atomic<int>(0) {}
+    Count(const Count& other) : std::atomic<int>(other.load()) {}
+    using std::atomic<int>::operator=;
   };
 
   explicit Backend(mptqc_isa isa) : isa_(isa) {}
 
   mptqc_isa isa_;
-  mutable Flag has_others_;  // whether several threads shared the last run
+  mutable Count threads_;  // how many shared the last run
 };
 
 }  // namespace mptqc::ort
