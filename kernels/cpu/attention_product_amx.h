@@ -18,7 +18,10 @@ class AttentionProduct<LanesAmx> {
   static constexpr bool kWritesSums = true;  // tiles are stored while the next ones are made
 
   AttentionProduct(const mptqc_attention& a, const AttentionScratch& layout, uint8_t* scratch, int32_t)
-      : keys_(layout.key_groups), values_(layout.value_groups), copy_(scratch + layout.queries), columns_(a.columns) {
+      : keys_(layout.key_groups),
+        values_(layout.value_groups),
+        copy_(scratch + layout.queries),
+        rows_until_sleep_(a.columns >= 96 && a.columns <= 288 && keys_.steps > 0 ? kValuesAwake / a.columns : 0) {
     TileConfiguration configuration;
     for (int sums = 0; sums < 4; ++sums) configuration.set(sums, kRows, kTileBytes);
     configuration.set(4, kRows, keys_.bytes);
@@ -77,7 +80,7 @@ class AttentionProduct<LanesAmx> {
   void stay_awake() {
     if (--rows_awake_ != 0) return;
     _tile_dpbusd(0, 4, 6);
-    rows_awake_ = kValuesAwake / columns_;
+    wake();
   }
 
   const int32_t* context(int, int blocks, Codes p, Blocks values, const int32_t* offset) {
@@ -110,7 +113,7 @@ class AttentionProduct<LanesAmx> {
   static constexpr int kTileBytes = 64;
   static constexpr int64_t kValuesAwake = 1700;  // of scores, that are worked on until the unit falls asleep
 
-  void wake() { rows_awake_ = columns_ >= 96 && columns_ <= 288 && keys_.steps > 0 ? kValuesAwake / columns_ : 0; }
+  void wake() { rows_awake_ = rows_until_sleep_; }
 
   // `groups` groups of 4 inputs in steps of one width.
   struct Steps {
@@ -143,8 +146,8 @@ class AttentionProduct<LanesAmx> {
   const Steps keys_, values_;
   uint8_t* const copy_;
   Codes queries_ = {};
-  const int64_t columns_;
-  int64_t rows_awake_ = 0;  // that can be worked on while it is awake; 0 and below: it may sleep
+  const int64_t rows_until_sleep_;  // that can be worked on while the unit is awake; 0: it may sleep
+  int64_t rows_awake_ = 0;  // that are left of them; 0 and below: it may sleep
   Tile<kRows> tile_;
 };
 

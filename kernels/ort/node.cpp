@@ -16,11 +16,11 @@ std::string text(const Shape& shape) {
   return "[" + joined + "]";
 }
 
-void check(Api api, Status* status, const char* what) {
+void check(Api api, Status* status, const std::string& what) {
   if (status == nullptr) return;
-  const std::string message = std::string(what) + api.message(status);
+  const std::string message = api.message(status);
   api.release(status);
-  throw std::invalid_argument(message);
+  throw std::invalid_argument(what + message);
 }
 
 namespace {
@@ -66,13 +66,13 @@ bool succeeds(Api api, Status* status) {
 
 float Node::number(const std::string& attribute) const {
   float value = 0;
-  check(api_, api_.attribute(info_, attribute.c_str(), &value), (attribute + ": ").c_str());
+  check(api_, api_.attribute(info_, attribute.c_str(), &value), attribute + ": ");
   return value;
 }
 
 int64_t Node::integer(const std::string& attribute) const {
   int64_t value = 0;
-  check(api_, api_.attribute(info_, attribute.c_str(), &value), (attribute + ": ").c_str());
+  check(api_, api_.attribute(info_, attribute.c_str(), &value), attribute + ": ");
   return value;
 }
 
@@ -87,7 +87,7 @@ int64_t Node::integer(const std::string& attribute, int64_t least, int64_t most)
 
 std::vector<int32_t> Node::integers(const std::string& attribute, size_t most) const {
   size_t count = 0;
-  check(api_, api_.integers(info_, attribute.c_str(), nullptr, &count), (attribute + ": ").c_str());
+  check(api_, api_.integers(info_, attribute.c_str(), nullptr, &count), attribute + ": ");
   int64_t whole = 0;
   float number = 0;
   if (count == 0 && (succeeds(api_, api_.attribute(info_, attribute.c_str(), &whole)) ||
@@ -96,7 +96,7 @@ std::vector<int32_t> Node::integers(const std::string& attribute, size_t most) c
   }
   if (count > most) throw std::invalid_argument(attribute + " holds more than " + std::to_string(most) + " numbers");
   std::vector<int64_t> values(count);
-  if (count > 0) check(api_, api_.integers(info_, attribute.c_str(), values.data(), &count), (attribute + ": ").c_str());
+  if (count > 0) check(api_, api_.integers(info_, attribute.c_str(), values.data(), &count), attribute + ": ");
   std::vector<int32_t> small;
   for (const int64_t value : values) {
     if (value < 0 || value > 255) throw std::invalid_argument(attribute + " holds a number not between 0 and 255");
@@ -107,7 +107,7 @@ std::vector<int32_t> Node::integers(const std::string& attribute, size_t most) c
 
 std::string Node::string(const std::string& attribute) const {
   size_t size = 0;
-  check(api_, api_.attribute(info_, attribute.c_str(), nullptr, &size), (attribute + ": ").c_str());
+  check(api_, api_.attribute(info_, attribute.c_str(), nullptr, &size), attribute + ": ");
   std::string value(size, '\0');
   check(api_, api_.attribute(info_, attribute.c_str(), value.data(), &size));
   value.resize(size > 0 ? size - 1 : 0);

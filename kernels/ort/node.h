@@ -45,7 +45,10 @@ inline void require(bool holds, const char* message) {
 constexpr char kRefusedSizes[] = "the kernel refused its sizes; they are beyond what docs/custom-ops.md allows";
 
 // Throws `what` and what `status` says, unless it is null.
-void check(Api api, Status* status, const char* what = "");
+void check(Api api, Status* status, const std::string& what);
+inline void check(Api api, Status* status) {
+  if (status != nullptr) check(api, status, "");
+}
 
 // A node while its kernel is made.
 class Node {

@@ -146,9 +146,9 @@ Domain* domain(Api api, uint32_t version) {
     Domain* fresh = nullptr;
     check(api, api.create_domain(kDomain, &fresh));
     for (const auto record : {Kernel<LayerNormQuantize>::record, Kernel<LayerNormAdd>::record,
-                               Kernel<LayerNormAddQuantize>::record, Kernel<Linear>::record,
-                               Kernel<LinearQuantize>::record, Kernel<Attention>::record,
-                               Kernel<AttentionQuantize>::record, Kernel<QuantizePatches>::record}) {
+                              Kernel<LayerNormAddQuantize>::record, Kernel<Linear>::record,
+                              Kernel<LinearQuantize>::record, Kernel<Attention>::record,
+                              Kernel<AttentionQuantize>::record, Kernel<QuantizePatches>::record}) {
       check(api, api.add_operator(fresh, record(version)));
     }
     if constexpr (Backend::kHasFloat16) {
